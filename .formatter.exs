@@ -1,0 +1,10 @@
+[
+  line_length: 110,
+  inputs: [
+    "mix.exs",
+    ".formatter.exs",
+    "elixir_client/lib/**/*.ex",
+    "tests/elixir/**/*.{ex,exs}",
+    "examples/*.exs"
+  ]
+]

@@ -1,0 +1,87 @@
+defmodule DemandPort.Launch do
+  @moduledoc false
+  # Which Python runs the service, with which environment, and how its port is opened.
+
+  alias DemandPort.Error
+
+  # `python/` beside mix.exs, where this library was compiled; a release may not have it.
+  @repository_python Path.expand("../../../python", __DIR__)
+
+  # A write over the high mark suspends the connection until the service has read; two of the largest messages fit.
+  @busy_messages 2
+
+  @doc "Opens the port of a service, owned by the calling process."
+  @spec open(keyword) :: {:ok, port} | {:error, Error.t()}
+  def open(options) do
+    with {:ok, python} <- executable(options) do
+      {:ok, Port.open({:spawn_executable, python}, port_options(options))}
+    end
+  rescue
+    # Port.open raises what the operating system said: :enoent, :eacces, :emfile …
+    failed in ErlangError -> unavailable("the service could not be started: #{inspect(failed.original)}")
+  end
+
+  @doc "The Python to use: option, application, environment, virtual environment, search path."
+  @spec python(keyword) :: String.t()
+  def python(options) do
+    options[:python] || Application.get_env(:demand_port, :python) || System.get_env("DEMAND_PORT_PYTHON") ||
+      local_python() || "python3"
+  end
+
+  defp local_python do
+    path = Path.expand(".venv/bin/python")
+    if File.exists?(path), do: path
+  end
+
+  defp executable(options) do
+    python = python(options)
+
+    case System.find_executable(python) do
+      nil -> unavailable("no executable #{inspect(python)}; set the option :python or DEMAND_PORT_PYTHON")
+      path -> {:ok, path}
+    end
+  end
+
+  defp unavailable(text), do: {:error, Error.new(:backend_unavailable, text)}
+
+  defp port_options(options) do
+    high = @busy_messages * options[:max_frame_bytes]
+
+    [
+      :binary,
+      :exit_status,
+      :hide,
+      packet: 4,
+      args: options[:args],
+      env: env(options),
+      busy_limits_port: {div(high, 2), high},
+      busy_limits_msgq: :disabled
+    ] ++ cd(options[:cd])
+  end
+
+  defp cd(nil), do: []
+  defp cd(folder), do: [cd: folder]
+
+  @doc false
+  @spec env(keyword) :: [{charlist, charlist | false}]
+  def env(options) do
+    given = Map.new(options[:env])
+
+    given
+    |> put_python_path(options[:python_path] || repository_python())
+    |> Enum.map(fn {name, value} -> {to_charlist(name), variable(value)} end)
+  end
+
+  defp put_python_path(env, nil), do: env
+
+  defp put_python_path(env, folder) do
+    inherited = Map.get_lazy(env, "PYTHONPATH", fn -> System.get_env("PYTHONPATH") end)
+    path = [Path.expand(folder), inherited] |> Enum.reject(&(&1 in [nil, ""])) |> Enum.join(":")
+    Map.put(env, "PYTHONPATH", path)
+  end
+
+  defp repository_python, do: if(File.dir?(@repository_python), do: @repository_python)
+
+  defp variable(nil), do: false
+  defp variable(value), do: to_charlist(value)
+end

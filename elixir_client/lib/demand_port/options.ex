@@ -1,0 +1,152 @@
+defmodule DemandPort.Options do
+  @moduledoc """
+  The options of every function that takes some: one table that checks them and writes their documentation.
+
+      iex> DemandPort.Options.validate!([credit: 8], :demand_async)[:credit]
+      8
+
+      iex> DemandPort.Options.validate!([credit: -1], :demand_async)
+      ** (ArgumentError) option :credit of DemandPort.demand_async must be an integer from 0, or :infinity; got: -1
+
+      iex> DemandPort.Options.validate!([kredit: 1], :ping)
+      ** (ArgumentError) option :kredit is not known to DemandPort.ping; known: :timeout
+  """
+
+  @type function_name :: atom
+
+  # {name, type, default, meaning}; a default of :none leaves the option out.
+  @timeout {:timeout, :timeout, 30_000, "how long to wait for the reply, in milliseconds"}
+  @deadline {:deadline_ms, {:integer, 1}, :none,
+             "time that the service gives the demand, from reading it; past it the error is `:deadline_exceeded`"}
+  @shaping [
+    {:priority, :any_integer, :none, "order among queued demands: higher runs first"},
+    {:coalesce_ms, {:integer, 0}, :none,
+     "holds streamed text back up to this time, so that chunks are fewer"},
+    {:coalesce_bytes, {:integer, 1}, :none, "holds streamed text back up to this size"}
+  ]
+
+  @table %{
+    start_link: [
+      {:name, :any, :none, "name to register the connection under"},
+      {:python, :string, :none,
+       "the Python executable. Without it: `config :demand_port, :python`, then the environment's " <>
+         "`DEMAND_PORT_PYTHON`, then `.venv/bin/python`, then `python3`"},
+      {:python_path, :string, :none, "a folder put before `PYTHONPATH`; default: `python/` beside `mix.exs`"},
+      {:args, {:list, :string}, ["-m", "demandport", "serve"], "arguments of the executable"},
+      {:env, :env, [], "environment variables of the service, `{name, value}`; nil removes one"},
+      {:cd, :string, :none, "working directory of the service"},
+      {:max_frame_bytes, {:integer, 4096}, 67_108_864, "largest message accepted and sent"},
+      {:start_timeout_ms, {:integer, 1}, 30_000, "time until the service must be ready"},
+      {:max_pending, {:integer, 1}, 10_000, "requests held while the service starts; more are `:queue_full`"},
+      {:credit, :credit, 64, "default of the demands' `credit`"},
+      {:log_level, {:in, [:debug, :info, :warning, :error, :none]}, :info,
+       "least level of the service's log messages that go to `Logger`"}
+    ],
+    open: [
+      {:session, :string, :none, "name of the session; default: a new unique one"},
+      {:max_running, {:integer, 1}, :none, "demands of the session that run at once; 1 is a strict queue"},
+      {:max_queued, {:integer, 0}, :none, "demands of the session that may wait; more are `:queue_full`"},
+      @timeout
+    ],
+    demand_async: [
+      {:to, :receiver, :none, "pid, name or `{name, node}` that receives the messages; default: the caller"},
+      {:tag, :any, :none, "each message arrives as `{tag, message}`"},
+      {:credit, :credit, :none, "stream messages that may be under way; `:infinity` for no limit"},
+      @deadline,
+      {:events, :boolean, false, "also delivers `{:node_event, session, event}`"}
+      | @shaping
+    ],
+    demand: [
+      {:timeout, :timeout, 60_000, "time after which the demand is cancelled with `:deadline_exceeded`"},
+      {:on_stream, {:function, 2}, :none, "called with node and chunk in the caller, as chunks arrive"},
+      {:credit, :credit, :none, "stream messages that may be under way; 0 when there is no `on_stream`"},
+      @deadline | @shaping
+    ],
+    load_model: [
+      {:context_length, {:integer, 1}, :none, "tokens of context; default: the model's own"},
+      {:gpu_layers, :any_integer, :none, "layers put on the GPU"},
+      {:threads, {:integer, 1}, :none, "threads of one model worker"},
+      {:timeout, :timeout, 600_000, "how long to wait until the model is ready, in milliseconds"}
+    ],
+    node_types: [{:filter, :filter, nil, "a node type, or `%{\"category\" => name}`"}, @timeout],
+    drain: [{:timeout_ms, {:integer, 0}, 30_000, "time after which running demands are cancelled"}]
+  }
+
+  @plain ~w(close edit set_input clear_input get_output snapshot health ping validate models unload_model)a
+  @functions Map.merge(@table, Map.new(@plain, &{&1, [@timeout]}))
+
+  @doc "The options with defaults put in, or an `ArgumentError` that names the option, what it takes, and what it got."
+  @spec validate!(keyword, function_name) :: keyword
+  def validate!(options, function) do
+    schema = Map.fetch!(@functions, function)
+
+    unless Keyword.keyword?(options),
+      do: refuse("options of #{name(function)} must be a keyword list", options)
+
+    Enum.each(options, &check!(&1, schema, function))
+    Keyword.merge(defaults(schema), options)
+  end
+
+  @doc "The options of a function as a Markdown list."
+  @spec docs(function_name) :: String.t()
+  def docs(function) do
+    Enum.map_join(Map.fetch!(@functions, function), "\n", fn {name, type, default, meaning} ->
+      "* `:#{name}`: #{meaning}; #{describe(type)}#{default_text(default)}."
+    end)
+  end
+
+  defp defaults(schema), do: for({name, _, default, _} <- schema, default != :none, do: {name, default})
+
+  defp default_text(:none), do: ""
+  defp default_text(default), do: " (default: `#{inspect(default)}`)"
+
+  defp check!({option, value}, schema, function) do
+    case List.keyfind(schema, option, 0) do
+      nil ->
+        known = Enum.map_join(schema, ", ", &inspect(elem(&1, 0)))
+        raise ArgumentError, "option #{inspect(option)} is not known to #{name(function)}; known: #{known}"
+
+      {_, type, _, _} ->
+        unless fits?(type, value) do
+          refuse("option #{inspect(option)} of #{name(function)} must be #{describe(type)}", value)
+        end
+    end
+  end
+
+  defp refuse(text, value), do: raise(ArgumentError, "#{text}; got: #{inspect(value)}")
+
+  defp name(function), do: "DemandPort.#{function}"
+
+  defp fits?(:any, _value), do: true
+  defp fits?(:string, value), do: is_binary(value) and value != "" and String.valid?(value)
+  defp fits?(:boolean, value), do: is_boolean(value)
+  defp fits?(:any_integer, value), do: is_integer(value)
+  defp fits?({:integer, least}, value), do: is_integer(value) and value >= least
+  defp fits?(:timeout, value), do: value == :infinity or (is_integer(value) and value >= 0)
+  defp fits?(:credit, value), do: value == :infinity or (is_integer(value) and value >= 0)
+  defp fits?({:in, choices}, value), do: value in choices
+  defp fits?({:function, arity}, value), do: is_function(value, arity)
+  defp fits?({:list, type}, value), do: is_list(value) and Enum.all?(value, &fits?(type, &1))
+  defp fits?(:filter, value), do: is_nil(value) or is_binary(value) or is_map(value)
+  defp fits?(:receiver, {name, node}), do: is_atom(name) and is_atom(node)
+  defp fits?(:receiver, value), do: is_pid(value) or (is_atom(value) and value not in [nil, true, false])
+  defp fits?(:env, value) when is_list(value) or is_map(value), do: Enum.all?(value, &variable?/1)
+  defp fits?(:env, _value), do: false
+
+  defp variable?({name, value}) when is_binary(name) and name != "", do: is_binary(value) or is_nil(value)
+  defp variable?(_), do: false
+
+  defp describe(:any), do: "any term"
+  defp describe(:string), do: "a non-empty string"
+  defp describe(:boolean), do: "true or false"
+  defp describe(:any_integer), do: "an integer"
+  defp describe({:integer, least}), do: "an integer from #{least}"
+  defp describe(:timeout), do: "milliseconds from 0, or :infinity"
+  defp describe(:credit), do: "an integer from 0, or :infinity"
+  defp describe({:in, choices}), do: "one of " <> Enum.map_join(choices, ", ", &inspect/1)
+  defp describe({:function, arity}), do: "a function of #{arity} arguments"
+  defp describe({:list, type}), do: "a list, each item #{describe(type)}"
+  defp describe(:filter), do: "nil, a string or a map"
+  defp describe(:receiver), do: "a pid, a registered name, or {name, node}"
+  defp describe(:env), do: "a list or map of names (strings) to values (strings, or nil)"
+end

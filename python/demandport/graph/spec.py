@@ -1,0 +1,177 @@
+"""Port types, ports and node types: what fits what, and how a value is made to fit. Pure data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from demandport.errors import TypeMismatch
+
+PORT_TYPES = frozenset(
+    """any string prompt number integer boolean json image audio audio_stream stream document vector tensor embedding tools
+    component model_handle embedding_handle database_handle vector_db kv_cache audio_samples""".split()
+)
+_TEXT = frozenset({"string", "prompt"})
+_SAME = ({"string", "prompt"}, {"audio_stream", "stream"}, {"number", "integer"})
+_AS_TEXT = frozenset({"json", "number", "integer", "boolean"})
+
+#: The mark of a port that has no default.
+REQUIRED: Any = type("Required", (), {"__repr__": lambda self: "REQUIRED"})()
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A named input or output of a node type.
+
+    Attributes:
+        type: one of `PORT_TYPES`.
+        default: value when nothing gives one; `REQUIRED` for none. Inputs only.
+        multiple: takes several edges, whose values arrive as a list in edge order. Inputs only.
+    """
+
+    name: str = ""
+    type: str = "any"
+    default: Any = REQUIRED
+    multiple: bool = False
+    description: str = ""
+
+    @property
+    def required(self) -> bool:
+        return self.default is REQUIRED
+
+    def describe(self, *, output: bool = False) -> dict[str, Any]:
+        """The port as `node_types` reports it."""
+        about = {"name": self.name, "type": self.type, "description": self.description}
+        if output:
+            return about
+        return about | {
+            "required": self.required,
+            "multiple": self.multiple,
+            "default": None if self.required else self.default,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """A node type: its ports, and the function that runs it.
+
+    Attributes:
+        runs: execution class: inline, async or thread.
+        call: the author's function; takes the inputs by name.
+        style: function, generator, async_function or async_generator.
+        stream: the output port that a generator's chunks go to.
+        context: name of the parameter that takes the `Context`, if there is one.
+        open_inputs: takes input ports of any further name.
+        branches: may leave out output ports; what hangs on those is skipped.
+    """
+
+    node_type: str
+    call: Callable[..., Any]
+    inputs: dict[str, Port]
+    outputs: dict[str, Port]
+    runs: str
+    style: str = "function"
+    category: str = "custom"
+    description: str = ""
+    stream: str = ""
+    context: str | None = None
+    open_inputs: bool = False
+    branches: bool = False
+    single: str | None = field(default=None)
+
+    def describe(self) -> dict[str, Any]:
+        """The descriptor of protocol/SPEC.md, section 8."""
+        return {
+            "node_type": self.node_type,
+            "category": self.category,
+            "description": self.description,
+            "runs": self.runs,
+            "inputs": [port.describe() for port in self.inputs.values()],
+            "outputs": [port.describe(output=True) for port in self.outputs.values()],
+            "open_inputs": self.open_inputs,
+        }
+
+
+def fits(source: str, target: str) -> bool:
+    """Whether an edge may join an output of type `source` to an input of type `target`."""
+    if source == target or "any" in (source, target):
+        return True
+    if any(source in pair and target in pair for pair in _SAME):
+        return True
+    return (target in _TEXT and source in _AS_TEXT) or (source in _TEXT and target == "json")
+
+
+Convert = Callable[[Any], Any]
+
+
+def converter(type_name: str) -> Convert | None:
+    """How a value is made to fit an input of that type; None when every value fits as it is.
+
+    The function raises `TypeMismatch` for a value that cannot be made to fit. A None always passes: it stands for
+    "no value" in optional ports.
+    """
+    return _CONVERTERS.get(type_name)
+
+
+def as_text(value: Any) -> str:
+    """Any value as text: strings as they are, the rest as JSON."""
+    if type(value) is str:
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def _to_text(value: Any) -> Any:
+    if type(value) is str or value is None:
+        return value
+    if isinstance(value, bool | int | float | dict | list | tuple):
+        return as_text(value)
+    raise TypeMismatch(f"wants text, not {type(value).__name__}")
+
+
+def _to_number(value: Any) -> Any:
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    raise TypeMismatch(f"wants a number, not {_shown(value)}")
+
+
+def _to_integer(value: Any) -> Any:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    raise TypeMismatch(f"wants an integer, not {_shown(value)}")
+
+
+def _to_boolean(value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    raise TypeMismatch(f"wants true or false, not {_shown(value)}")
+
+
+def _to_json(value: Any) -> Any:
+    if type(value) is not str:
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as failed:
+        raise TypeMismatch(f"wants JSON, and the text does not parse: {failed}") from None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+_CONVERTERS: dict[str, Convert] = {
+    "string": _to_text,
+    "prompt": _to_text,
+    "number": _to_number,
+    "integer": _to_integer,
+    "boolean": _to_boolean,
+    "json": _to_json,
+}

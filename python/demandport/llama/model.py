@@ -1,0 +1,364 @@
+"""llama.cpp's low-level calls: a loaded model with one context. Everything here belongs to one thread.
+
+A bad file or a failed assertion inside llama.cpp aborts the whole process; that is why this runs in a worker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import re
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+from demandport.errors import Internal, ModelLoadFailed, ModelNotFound, OutOfMemory
+
+DEFAULT_CONTEXT_LENGTH = 4096
+#: Most tokens in one decode. Small chunks let a cancel through soon.
+BATCH_TOKENS = 256
+#: Below this size the cost of waking a second thread is more than what it computes.
+SINGLE_THREAD_BYTES = 16 * 1024 * 1024
+
+_GGUF_VERSIONS = (2, 3)
+_GGUF_HEADER = struct.Struct("<4sIQQ")
+_LEVELS = {1: logging.INFO, 2: logging.WARNING, 3: logging.ERROR, 4: logging.DEBUG}
+_CONTINUATION = 5
+_log = logging.getLogger("llama.cpp")
+
+
+def check_file(path: Path) -> None:
+    """Refuse what cannot be a GGUF file before llama.cpp sees it.
+
+    Raises:
+        ModelNotFound: there is no such file.
+        ModelLoadFailed: it is a directory, cannot be read, is too short, or has no header that llama.cpp reads.
+    """
+    try:
+        if path.is_dir():
+            raise ModelLoadFailed(f"{path} is a directory, not a GGUF file")
+        with path.open("rb") as file:
+            header = file.read(_GGUF_HEADER.size)
+            size = os.fstat(file.fileno()).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelNotFound(f"there is no model file {path}") from None
+    except OSError as failed:
+        raise ModelLoadFailed(f"{path} cannot be read: {failed.strerror}") from None
+    if len(header) < _GGUF_HEADER.size:
+        raise ModelLoadFailed(f"{path} has {size} bytes, which is too short for a GGUF file")
+    magic, version, tensors, pairs = _GGUF_HEADER.unpack(header)
+    if magic != b"GGUF":
+        raise ModelLoadFailed(f"{path} is no GGUF file: it begins with {magic!r}")
+    if version not in _GGUF_VERSIONS:
+        raise ModelLoadFailed(f"{path} has GGUF version {version}; {_GGUF_VERSIONS} can be read")
+    # A tensor's entry takes over 24 bytes and a pair's over 12: counts that cannot fit are not worth an allocation.
+    if tensors * 24 + pairs * 12 > size:
+        raise ModelLoadFailed(f"{path} claims {tensors} tensors and {pairs} pairs, more than its {size} bytes can hold")
+
+
+class _LogRoute:
+    """Takes llama.cpp's log lines to `logging`; the callback must live as long as the library."""
+
+    def __init__(self) -> None:
+        self._level = logging.INFO
+        self._line = ""
+        self.last_error = ""
+        self.callback = llama_cpp.llama_log_callback(self._accept)
+
+    def _accept(self, level: int, text: bytes, _: Any) -> None:
+        if level != _CONTINUATION:
+            self._level = _LEVELS.get(level, logging.INFO)
+        self._line += text.decode("utf-8", "replace")
+        if not self._line.endswith("\n"):
+            return
+        line, self._line = self._line.rstrip(), ""
+        if self._level >= logging.ERROR and line:
+            self.last_error = line
+        # Lines of one token's work must cost nothing unless somebody listens.
+        if line and _log.isEnabledFor(self._level):
+            _log.log(self._level, "%s", line)
+
+
+_route: _LogRoute | None = None
+
+
+def _start_library() -> _LogRoute:
+    global _route
+    if _route is None:
+        _route = _LogRoute()
+        llama_cpp.llama_log_set(_route.callback, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+    return _route
+
+
+class Model:
+    """A model file in memory with its vocabulary and one context.
+
+    Args:
+        path: a GGUF file; it is mapped, not read.
+        context_length: tokens of context; None: what it was trained with, at most `DEFAULT_CONTEXT_LENGTH`.
+        gpu_layers: layers to put on a GPU; -1: all.
+        threads: threads that compute; None: one per core that this process may use, one for a very small model.
+        sequences: most sequences in the context at a time.
+        progress: called with 0.0 to 1.0 while it loads.
+
+    Raises:
+        ModelNotFound, ModelLoadFailed: as `check_file`; or llama.cpp refuses it.
+        OutOfMemory: its context finds no memory.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        context_length: int | None = None,
+        gpu_layers: int = 0,
+        threads: int | None = None,
+        sequences: int = 1,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        check_file(path)
+        self._route = _start_library()
+        self.path = path
+        self._model: Any = None
+        self.context: Any = None
+        self._batch: Batch | None = None
+        try:
+            self._load(gpu_layers, progress)
+            self._open_context(context_length, threads, sequences)
+            self._read_vocabulary()
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, gpu_layers: int, progress: Callable[[float], None] | None) -> None:
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers if gpu_layers >= 0 else 2**31 - 1
+        params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
+
+        def report(share: float, _: Any) -> bool:
+            if progress is not None:
+                progress(share)
+            return True
+
+        callback = llama_cpp.llama_progress_callback(report)
+        params.progress_callback = callback
+        self._route.last_error = ""
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not self._model:
+            why = self._route.last_error or "llama.cpp gives no reason"
+            raise ModelLoadFailed(f"{self.path} cannot be loaded: {why}")
+        if not llama_cpp.llama_model_has_decoder(self._model) or llama_cpp.llama_model_has_encoder(self._model):
+            raise ModelLoadFailed(f"{self.path} is no decoder-only model, so it cannot generate text here")
+
+    def _open_context(self, context_length: int | None, threads: int | None, sequences: int) -> None:
+        self.training_context = int(llama_cpp.llama_model_n_ctx_train(self._model))
+        wanted = context_length or min(self.training_context or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH)
+        self.threads = threads or self._default_threads()
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = wanted
+        params.n_batch = params.n_ubatch = BATCH_TOKENS
+        params.n_seq_max = sequences
+        params.n_threads = params.n_threads_batch = self.threads
+        params.kv_unified = True
+        params.no_perf = True
+        self.context = llama_cpp.llama_init_from_model(self._model, params)
+        if not self.context:
+            why = self._route.last_error or "llama.cpp gives no reason"
+            raise OutOfMemory(f"no context of {wanted} tokens for {self.path}: {why}")
+        # llama.cpp rounds the length up; what was asked for is what is promised.
+        self.context_length = min(wanted, int(llama_cpp.llama_n_ctx(self.context)))
+        self._memory = llama_cpp.llama_get_memory(self.context)
+        self._batch = Batch(BATCH_TOKENS)
+
+    def _default_threads(self) -> int:
+        if int(llama_cpp.llama_model_size(self._model)) < SINGLE_THREAD_BYTES:
+            return 1
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def _read_vocabulary(self) -> None:
+        vocabulary = llama_cpp.llama_model_get_vocab(self._model)
+        if not vocabulary:
+            raise ModelLoadFailed(f"{self.path} has no vocabulary")
+        self.vocabulary: Any = vocabulary
+        self.tokens = int(llama_cpp.llama_vocab_n_tokens(vocabulary))
+        if not self.tokens:
+            raise ModelLoadFailed(f"{self.path} has an empty vocabulary")
+        everything = range(self.tokens)
+        #: Tokens that end a generation.
+        self.ends = frozenset(t for t in everything if llama_cpp.llama_vocab_is_eog(vocabulary, t))
+        special = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+        texts = {
+            (llama_cpp.llama_vocab_get_text(vocabulary, t) or b"").decode("utf-8", "replace")
+            for t in everything
+            if llama_cpp.llama_vocab_get_attr(vocabulary, t) & special
+        }
+        #: Texts that `tokenize` with `special` reads as control tokens.
+        self.special_texts = frozenset(texts - {""})
+        self.begin = int(llama_cpp.llama_vocab_bos(vocabulary))
+        self.adds_begin = bool(llama_cpp.llama_vocab_get_add_bos(vocabulary)) and self.begin >= 0
+        self._pieces: dict[int, bytes] = {}
+
+    @property
+    def batch(self) -> Batch:
+        """The batch to fill for the next `decode`."""
+        if self._batch is None:
+            raise Internal("the model is closed")
+        return self._batch
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that the file carries, or None."""
+        template = llama_cpp.llama_model_chat_template(self._model, None)
+        return template.decode("utf-8", "replace") if template else None
+
+    def token_text(self, token: int) -> str:
+        """The text of a special token as templates write it; empty for -1, which stands for "has none"."""
+        if token < 0:
+            return ""
+        return (llama_cpp.llama_vocab_get_text(self.vocabulary, token) or b"").decode("utf-8", "replace")
+
+    @property
+    def begin_text(self) -> str:
+        """What templates know as ``bos_token``."""
+        return self.token_text(self.begin)
+
+    @property
+    def end_text(self) -> str:
+        """What templates know as ``eos_token``."""
+        return self.token_text(int(llama_cpp.llama_vocab_eos(self.vocabulary)))
+
+    def metadata(self, limit_bytes: int = 512) -> dict[str, str]:
+        """The file's key-value pairs; longer values are left out."""
+        pairs: dict[str, str] = {}
+        key, value = ctypes.create_string_buffer(256), ctypes.create_string_buffer(limit_bytes)
+        for index in range(llama_cpp.llama_model_meta_count(self._model)):
+            key_size = llama_cpp.llama_model_meta_key_by_index(self._model, index, key, len(key))
+            value_size = llama_cpp.llama_model_meta_val_str_by_index(self._model, index, value, len(value))
+            if 0 <= key_size < len(key) and 0 <= value_size < len(value):
+                pairs[key.value.decode("utf-8", "replace")] = value.value.decode("utf-8", "replace")
+        return pairs
+
+    def info(self) -> dict[str, Any]:
+        """Facts about the loaded model, as plain data."""
+        description = ctypes.create_string_buffer(256)
+        llama_cpp.llama_model_desc(self._model, description, len(description))
+        return {
+            "description": description.value.decode("utf-8", "replace"),
+            "parameters": int(llama_cpp.llama_model_n_params(self._model)),
+            "size_bytes": int(llama_cpp.llama_model_size(self._model)),
+            "context_length": self.context_length,
+            "training_context_length": self.training_context,
+            "vocabulary_tokens": self.tokens,
+            "threads": self.threads,
+            "chat_template": self.chat_template is not None,
+            "name": self.metadata().get("general.name", ""),
+        }
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        """The tokens of `text`, nothing added. Only with `special` are control tokens read from it."""
+        data = text.encode("utf-8", "replace")
+        room = len(data) + 8
+        while True:
+            tokens = (llama_cpp.llama_token * room)()
+            count = llama_cpp.llama_tokenize(self.vocabulary, data, len(data), tokens, room, False, special)
+            if count >= 0:
+                return tokens[:count]
+            if -count <= room:
+                raise Internal(f"llama.cpp cannot tokenise {len(data)} bytes")
+            room = -count
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that `token` stands for; empty for control tokens."""
+        found = self._pieces.get(token)
+        if found is None:
+            found = self._pieces[token] = self._read_piece(token)
+        return found
+
+    def _read_piece(self, token: int) -> bytes:
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = llama_cpp.llama_token_to_piece(self.vocabulary, token, buffer, size, 0, False)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
+
+    def decode(self) -> None:
+        """Compute what the batch holds; blocks, without the interpreter's lock.
+
+        Raises:
+            OutOfMemory: there is no room for it in the context.
+            Internal: llama.cpp fails.
+        """
+        status = llama_cpp.llama_decode(self.context, self.batch.handle)
+        if status == 1:
+            raise OutOfMemory(f"no room in the context of {self.context_length} tokens")
+        if status:
+            raise Internal(f"llama.cpp cannot decode: {self._route.last_error or status}")
+
+    def forget(self, sequence: int) -> None:
+        """Free the cells of a sequence."""
+        llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+    def close(self) -> None:
+        """Free everything; harmless when it is freed."""
+        batch, self._batch = self._batch, None
+        if batch is not None:
+            batch.close()
+        context, self.context = self.context, None
+        if context:
+            llama_cpp.llama_free(context)
+        model, self._model = self._model, None
+        if model:
+            llama_cpp.llama_model_free(model)
+
+
+class Batch:
+    """Tokens for one decode, each with its place and sequence.
+
+    The arrays are held on to: looking each up in the structure again costs more than writing to it.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.handle = llama_cpp.llama_batch_init(size, 0, 1)
+        self._tokens, self._positions, self._outputs = self.handle.token, self.handle.pos, self.handle.logits
+        self._sequences = [self.handle.seq_id[index] for index in range(size)]
+        for index in range(size):
+            self.handle.n_seq_id[index] = 1
+
+    def clear(self) -> None:
+        """Empty it."""
+        self.handle.n_tokens = 0
+
+    def add(self, token: int, position: int, sequence: int, output: bool) -> int:
+        """Put one token in; returns its index, by which its output is sampled."""
+        index: int = self.handle.n_tokens
+        self._tokens[index] = token
+        self._positions[index] = position
+        self._sequences[index][0] = sequence
+        self._outputs[index] = output
+        self.handle.n_tokens = index + 1
+        return index
+
+    def extend(self, tokens: Sequence[int], position: int, sequence: int, last: bool) -> None:
+        """Put several in, the output of the last one wanted if `last`."""
+        for offset, token in enumerate(tokens):
+            self.add(token, position + offset, sequence, False)
+        if last and tokens:
+            self._outputs[self.handle.n_tokens - 1] = True
+
+    def close(self) -> None:
+        """Free it."""
+        llama_cpp.llama_batch_free(self.handle)
+
+
+def special_pattern(texts: frozenset[str]) -> re.Pattern[str] | None:
+    """What finds any of `texts`, the longest first as llama.cpp does; None when there are none."""
+    if not texts:
+        return None
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=lambda text: (-len(text), text))))

@@ -1,0 +1,180 @@
+"""The sampler chain of one generation, made from its parameters, each of which is honoured or refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from demandport.errors import Internal, TooLarge, TypeMismatch
+from demandport.inference.backend import MAX_GRAMMAR_BYTES, MAX_SEED, GenerateRequest
+
+# Beyond these llama.cpp's recursive parser, or the grammar it unrolls, can take the process down.
+MAX_NESTING = 64
+MAX_REPETITION = 1000
+MAX_SCHEMA_BYTES = 64 * 1024
+
+_OPEN, _CLOSE = "([{", ")]}"
+_LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|#[^\n]*', re.DOTALL)
+_REPETITION = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
+
+
+def draw_seed() -> int:
+    """A fresh seed, from the operating system."""
+    return secrets.randbelow(MAX_SEED + 1)
+
+
+def grammar_text(request: GenerateRequest) -> str | None:
+    """The GBNF that the request asks for, from its `grammar` or its `json_schema`; None when it asks for none.
+
+    Raises:
+        TypeMismatch: it cannot be turned into a grammar.
+        TooLarge: it is over the limits of size, nesting or repetition.
+    """
+    if request.json_schema is not None:
+        grammar = _from_schema(request.json_schema)
+        _check_grammar(grammar, "json_schema")
+        return grammar
+    if request.grammar is not None:
+        _check_grammar(request.grammar, "grammar")
+    return request.grammar
+
+
+def _from_schema(schema: Mapping[str, Any]) -> str:
+    _check_depth(schema)
+    try:
+        text = json.dumps(schema)
+    except (TypeError, ValueError) as failed:
+        raise _refused("json_schema", f"is no JSON: {failed}") from None
+    if len(text) > MAX_SCHEMA_BYTES:
+        raise TooLarge(f"parameter json_schema is over {MAX_SCHEMA_BYTES} bytes", details={"parameter": "json_schema"})
+    from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+    try:
+        return str(json_schema_to_gbnf(text))
+    except RecursionError:
+        raise _refused("json_schema", "refers to itself without end") from None
+    except Exception as failed:  # the converter raises whatever the odd schema makes it stumble over
+        raise _refused("json_schema", f"cannot be made a grammar: {type(failed).__name__} {failed}") from None
+
+
+def _check_depth(schema: Any) -> None:
+    level = [schema]
+    for _ in range(MAX_NESTING):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise TooLarge(f"parameter json_schema is nested deeper than {MAX_NESTING}", details={"parameter": "json_schema"})
+
+
+def _check_grammar(grammar: str, parameter: str) -> None:
+    if "\0" in grammar:
+        raise _refused(parameter, "holds a NUL character")
+    if len(grammar.encode(errors="replace")) > MAX_GRAMMAR_BYTES:
+        raise TooLarge(f"parameter {parameter} makes a grammar over {MAX_GRAMMAR_BYTES} bytes")
+    plain = _LITERAL.sub(" ", grammar)
+    for low, high in _REPETITION.findall(plain):
+        if max(int(low or 0), int(high or 0)) > MAX_REPETITION:
+            raise TooLarge(f"parameter {parameter} repeats more than {MAX_REPETITION} times")
+    depth = 0
+    for character in plain:
+        depth += (character in _OPEN) - (character in _CLOSE)
+        if depth > MAX_NESTING:
+            raise TooLarge(f"parameter {parameter} is nested deeper than {MAX_NESTING}")
+
+
+def _refused(parameter: str, what: str) -> TypeMismatch:
+    return TypeMismatch(f"parameter {parameter} {what}", details={"parameter": parameter})
+
+
+class Sampler:
+    """Chooses the next token of one sequence. Belongs to the thread that owns the context; free it with `close`.
+
+    Args:
+        vocabulary: llama.cpp's handle of the model's vocabulary.
+        tokens: number of tokens in the vocabulary.
+        context_length: tokens of context, what `repeat_last_n` = -1 stands for.
+        request: the parameters.
+        seed: used when `temperature` is over 0.
+        prompt: tokens of the prompt, which count for the penalties.
+
+    Raises:
+        TypeMismatch: the grammar is not valid.
+        TooLarge: the grammar is over a limit.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Any,
+        tokens: int,
+        context_length: int,
+        request: GenerateRequest,
+        seed: int,
+        prompt: Sequence[int] = (),
+    ) -> None:
+        import llama_cpp
+
+        self._llama = llama_cpp
+        grammar = grammar_text(request)
+        chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+        if not chain:
+            raise Internal("llama.cpp gives no sampler chain")
+        self.handle: Any = chain
+        try:
+            if grammar is not None:
+                self._add_grammar(vocabulary, grammar, "grammar" if request.json_schema is None else "json_schema")
+            self._add_penalties(request, tokens, context_length, prompt)
+            self._add_choice(request, seed)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Free it; harmless when it is freed."""
+        handle, self.handle = self.handle, None
+        if handle:
+            self._llama.llama_sampler_free(handle)
+
+    def _add(self, sampler: Any) -> None:
+        if not sampler:
+            raise Internal("llama.cpp gives no sampler")
+        self._llama.llama_sampler_chain_add(self.handle, sampler)
+
+    def _add_grammar(self, vocabulary: Any, grammar: str, parameter: str) -> None:
+        made = self._llama.llama_sampler_init_grammar(vocabulary, grammar.encode(errors="replace"), b"root")
+        if not made:
+            raise _refused(parameter, "is no valid grammar with a rule named root")
+        self._add(made)
+
+    def _add_penalties(
+        self, request: GenerateRequest, tokens: int, context_length: int, prompt: Sequence[int]
+    ) -> None:
+        last = context_length if request.repeat_last_n < 0 else request.repeat_last_n
+        repeat, frequency, presence = request.repeat_penalty, request.frequency_penalty, request.presence_penalty
+        if last == 0 or (repeat == 1 and frequency == 0 and presence == 0):
+            return
+        penalties = self._llama.llama_sampler_init_penalties(tokens, last, repeat, frequency, presence)
+        for token in prompt[-last:]:
+            self._llama.llama_sampler_accept(penalties, token)
+        self._add(penalties)
+
+    def _add_choice(self, request: GenerateRequest, seed: int) -> None:
+        llama = self._llama
+        if request.temperature == 0:  # the most likely token survives top_k, top_p and min_p whatever they are
+            self._add(llama.llama_sampler_init_greedy())
+            return
+        if request.top_k > 0:
+            self._add(llama.llama_sampler_init_top_k(request.top_k))
+        if request.top_p < 1:
+            self._add(llama.llama_sampler_init_top_p(request.top_p, 1))
+        if request.min_p > 0:
+            self._add(llama.llama_sampler_init_min_p(request.min_p, 1))
+        self._add(llama.llama_sampler_init_temp(request.temperature))
+        self._add(llama.llama_sampler_init_dist(seed))

@@ -1,0 +1,249 @@
+"""File descriptors: who owns them, how bytes are read in batches, and how they are written without ever waiting.
+
+Nothing here knows what the bytes mean. O_NONBLOCK belongs to the open file and not to the descriptor, so it is set only
+on pipes that the peer gave to this process alone; fd 2 is never touched.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import stat
+import threading
+from asyncio import AbstractEventLoop
+from collections.abc import Callable
+
+READ_BYTES = 1 << 18
+# One write call takes at most this much: a pipe holds 64 KiB to 1 MiB, and joining more only copies it in vain.
+WRITE_BYTES = 1 << 18
+
+
+class NotAPipe(Exception):
+    """A descriptor that should carry frames is a file, a terminal, a socket or a device."""
+
+
+def protect_stdio() -> tuple[int, int]:
+    """Take fds 0 and 1 away from everything else in this process and give them back as private descriptors.
+
+    Afterwards fd 1 is what fd 2 is and fd 0 is /dev/null, so a print from Python, from C or from a child can only reach
+    stderr. Must be the first thing a process does.
+
+    Returns:
+        (input fd, output fd), close-on-exec.
+    """
+    private_in = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 10)
+    private_out = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 10)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.dup2(2, 1)
+    return private_in, private_out
+
+
+def claim(fd_in: int, fd_out: int) -> tuple[int, int]:
+    """Protect stdio and return the private (input, output) descriptors that carry frames.
+
+    Args:
+        fd_in, fd_out: 0 and 1, or the two that ``--fd`` named (3 and 4 for Erlang's ``nouse_stdio``).
+
+    Raises:
+        NotAPipe: one of them is no pipe.
+    """
+    for fd, role in ((fd_in, "input"), (fd_out, "output")):
+        _require_pipe(fd, role)
+    stdin, stdout = protect_stdio()
+    if (fd_in, fd_out) == (0, 1):
+        return stdin, stdout
+    os.close(stdin)
+    os.close(stdout)
+    os.set_inheritable(fd_in, False)
+    os.set_inheritable(fd_out, False)
+    return fd_in, fd_out
+
+
+def _require_pipe(fd: int, role: str) -> None:
+    try:
+        mode = os.fstat(fd).st_mode
+    except OSError:
+        raise NotAPipe(f"fd {fd} ({role}) is not open") from None
+    if not stat.S_ISFIFO(mode):
+        raise NotAPipe(f"fd {fd} ({role}) is not a pipe; open this program as an Erlang port or with pipes")
+
+
+def watch_end(fd: int, on_end: Callable[[], None]) -> None:
+    """Call `on_end` on a thread of its own once every writer of the pipe `fd` is gone.
+
+    It needs no event loop, so it works while the loop is held up and while unread bytes stand in the pipe.
+    """
+
+    def wait() -> None:
+        poller = select.poll()
+        poller.register(fd, 0)  # POLLHUP and POLLERR are always reported
+        while not any(event & (select.POLLHUP | select.POLLERR) for _, event in poller.poll()):
+            pass
+        on_end()
+
+    threading.Thread(target=wait, name="watch-end", daemon=True).start()
+
+
+class Reader:
+    """Hands over what a pipe holds, as much as there is at each wake-up of the loop.
+
+    Args:
+        on_data: gets each batch of bytes; called on the loop.
+        on_end: called once, at end of input or when the pipe breaks.
+    """
+
+    def __init__(
+        self, loop: AbstractEventLoop, fd: int, on_data: Callable[[bytes], None], on_end: Callable[[], None]
+    ) -> None:
+        self._loop, self._fd, self._on_data, self._on_end = loop, fd, on_data, on_end
+        os.set_blocking(fd, False)
+        self._reading = False
+        self._closed = False
+
+    def start(self) -> None:
+        """Begin, or go on after `pause`."""
+        if not self._reading and not self._closed:
+            self._reading = True
+            self._loop.add_reader(self._fd, self._readable)
+
+    def pause(self) -> None:
+        """Leave what comes in the pipe until `start`."""
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._fd)
+
+    def close(self) -> None:
+        """Stop for good and close the descriptor."""
+        self.pause()
+        if not self._closed:
+            self._closed = True
+            os.close(self._fd)
+
+    def _readable(self) -> None:
+        try:
+            data = os.read(self._fd, READ_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if data:
+            self._on_data(data)
+        else:
+            self.pause()
+            self._on_end()
+
+
+class Writer:
+    """Writes what is queued in the order given, in one call per wake-up of the loop; `write` never waits.
+
+    The queue itself is not bounded here: who writes looks at `pending_bytes` and slows its producers down.
+
+    Args:
+        on_broken: called once when the other side has closed the pipe; what is queued is dropped.
+        refill: asked for more frames when the pipe takes more than is queued; returns none when there are none.
+    """
+
+    def __init__(
+        self,
+        loop: AbstractEventLoop,
+        fd: int,
+        on_broken: Callable[[], None],
+        refill: Callable[[], list[bytes]] | None = None,
+    ) -> None:
+        self._loop, self._fd, self._on_broken, self._refill = loop, fd, on_broken, refill
+        os.set_blocking(fd, False)
+        self._queue: list[bytes] = []
+        self._rest = memoryview(b"")
+        self._scheduled = False
+        self._waiting = False
+        self._closed = False
+        self.pending_bytes = 0
+
+    def write(self, data: bytes) -> None:
+        """Queue `data`; it leaves at the end of this turn of the loop."""
+        if self._closed:
+            return
+        self._queue.append(data)
+        self.pending_bytes += len(data)
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the pipe written to at the end of this turn of the loop, e.g. since `refill` has something now."""
+        if not self._scheduled and not self._waiting and not self._closed:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def close(self) -> None:
+        """Drop what is queued and close the descriptor."""
+        if not self._closed:
+            self._closed = True
+            self._stop_waiting()
+            self._queue.clear()
+            self._rest = memoryview(b"")
+            self.pending_bytes = 0
+            os.close(self._fd)
+
+    def flush_blocking(self, timeout_s: float) -> None:
+        """Write what is queued before the process ends, waiting at most `timeout_s` for a slow reader."""
+        poller = select.poll()
+        poller.register(self._fd, select.POLLOUT)
+        while not self._closed and self._next_batch() and poller.poll(timeout_s * 1000):
+            if not self._write_some():
+                return
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        while not self._closed and self._next_batch():
+            if not self._write_some():
+                return
+        self._stop_waiting()
+
+    def _next_batch(self) -> bool:
+        """Have `_rest` hold something to write, if there is anything."""
+        if self._rest:
+            return True
+        if not self._queue and self._refill is not None:
+            for data in self._refill():
+                self._queue.append(data)
+                self.pending_bytes += len(data)
+        if not self._queue:
+            return False
+        taken, size = 0, 0
+        for data in self._queue:
+            taken, size = taken + 1, size + len(data)
+            if size >= WRITE_BYTES:
+                break
+        batch = self._queue[0] if taken == 1 else b"".join(self._queue[:taken])
+        del self._queue[:taken]
+        self._rest = memoryview(batch)
+        return True
+
+    def _write_some(self) -> bool:
+        """One write call. False when the pipe is full (then the loop wakes us) or broken."""
+        try:
+            written = os.write(self._fd, self._rest)
+        except (BlockingIOError, InterruptedError):
+            written = 0
+        except OSError:
+            self.close()
+            self._on_broken()
+            return False
+        self.pending_bytes -= written
+        self._rest = self._rest[written:]
+        if self._rest:
+            self._start_waiting()
+            return False
+        return True
+
+    def _start_waiting(self) -> None:
+        if not self._waiting:
+            self._waiting = True
+            self._loop.add_writer(self._fd, self._flush)
+
+    def _stop_waiting(self) -> None:
+        if self._waiting:
+            self._waiting = False
+            self._loop.remove_writer(self._fd)

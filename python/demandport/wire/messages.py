@@ -1,0 +1,369 @@
+"""The host's messages as types, and their shapes: one table says every field, its type and its range.
+
+`parse` turns a decoded message into one of these types or raises `BadMessage` naming the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from demandport.errors import BadMessage
+from demandport.ids import DemandId, NodeId, PortName, RequestId, SessionId
+
+PROTOCOL = 1
+MAX_ID = (1 << 64) - 1
+MAX_NAME_BYTES = 1024
+
+
+@dataclass(slots=True)
+class HelloOptions:
+    protocol: list[int]
+    client: str = ""
+    max_frame_bytes: int | None = None
+    part_bytes: int | None = None
+    features: list[Any] | None = None
+
+
+@dataclass(slots=True)
+class OpenOptions:
+    max_running: int = 64
+    max_queued: int = 10_000
+
+
+@dataclass(slots=True)
+class DemandOptions:
+    deadline_ms: int | None = None
+    credit: int | None = None
+    priority: int = 0
+    events: bool = False
+    coalesce_ms: int = 0
+    coalesce_bytes: int = 0
+
+
+@dataclass(slots=True)
+class LoadOptions:
+    model: str
+    context_length: int | None = None
+    gpu_layers: int = 0
+    threads: int | None = None
+
+
+@dataclass(slots=True)
+class Hello:
+    id: RequestId
+    options: HelloOptions
+
+
+@dataclass(slots=True)
+class Open:
+    id: RequestId
+    session: SessionId
+    graph: dict[str, Any]
+    options: OpenOptions
+
+
+@dataclass(slots=True)
+class Close:
+    id: RequestId
+    session: SessionId
+
+
+@dataclass(slots=True)
+class Snapshot:
+    id: RequestId
+    session: SessionId
+
+
+@dataclass(slots=True)
+class Edit:
+    id: RequestId
+    session: SessionId
+    operations: list[Any]
+
+
+@dataclass(slots=True)
+class GetOutput:
+    id: RequestId
+    session: SessionId
+    node: NodeId
+    port: PortName
+
+
+@dataclass(slots=True)
+class Demand:
+    id: DemandId
+    session: SessionId
+    node: NodeId
+    options: DemandOptions
+
+
+@dataclass(slots=True)
+class Cancel:
+    id: RequestId
+    demand: DemandId
+
+
+@dataclass(slots=True)
+class Credit:
+    demand: DemandId
+    n: int
+
+
+@dataclass(slots=True)
+class Validate:
+    id: RequestId
+    graph: dict[str, Any]
+
+
+@dataclass(slots=True)
+class NodeTypes:
+    id: RequestId
+    filter: str | dict[str, Any] | None
+
+
+@dataclass(slots=True)
+class Models:
+    id: RequestId
+
+
+@dataclass(slots=True)
+class LoadModel:
+    id: RequestId
+    spec: LoadOptions
+
+
+@dataclass(slots=True)
+class UnloadModel:
+    id: RequestId
+    model: str
+
+
+@dataclass(slots=True)
+class Health:
+    id: RequestId
+
+
+@dataclass(slots=True)
+class Ping:
+    id: RequestId
+
+
+@dataclass(slots=True)
+class Drain:
+    id: RequestId
+    timeout_ms: int
+
+
+Check = Callable[[str, Any], Any]
+
+
+def _fail(name: str, wanted: str, value: Any) -> BadMessage:
+    shown = repr(value)
+    return BadMessage(f"{name} must be {wanted}, not {shown if len(shown) <= 60 else shown[:57] + '...'}")
+
+
+def _integer(low: int, high: int) -> Check:
+    def check(name: str, value: Any) -> int:
+        if type(value) is int and low <= value <= high:
+            return value
+        raise _fail(name, f"an integer from {low} to {high}", value)
+
+    return check
+
+
+def _optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _name(name: str, value: Any) -> str:
+    if type(value) is str and 0 < len(value) <= MAX_NAME_BYTES:
+        return value
+    raise _fail(name, f"a string of 1 to {MAX_NAME_BYTES} characters", value)
+
+
+def _string(name: str, value: Any) -> str:
+    if type(value) is str:
+        return value
+    raise _fail(name, "a string", value)
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if type(value) is bool:
+        return value
+    raise _fail(name, "true or false", value)
+
+
+def _map(name: str, value: Any) -> dict[str, Any]:
+    if type(value) is dict:
+        return value
+    raise _fail(name, "a map", value)
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if type(value) is list:
+        return value
+    raise _fail(name, "a list", value)
+
+
+def _versions(name: str, value: Any) -> list[int]:
+    if type(value) is list and len(value) == 2 and all(type(item) is int for item in value) and value[0] <= value[1]:
+        return value
+    raise _fail(name, "[lowest, highest] protocol version", value)
+
+
+def _filter(name: str, value: Any) -> str | dict[str, Any] | None:
+    if value is None or type(value) is str:
+        return value
+    if type(value) is dict and set(value) <= {"category"}:
+        return value
+    raise _fail(name, "nil, a node type or {category}", value)
+
+
+_id = _integer(1, MAX_ID)
+_milliseconds = _integer(0, 1 << 40)
+_bytes = _integer(0, 1 << 40)
+
+
+def _options(cls: type[Any], checks: dict[str, Check]) -> Check:
+    required = {field.name for field in fields(cls) if field.default is MISSING}
+
+    def check(name: str, value: Any) -> Any:
+        if not value and not required and (value is None or type(value) is dict):
+            return cls()
+        values = {key: checks[key](f"{name}.{key}", item) for key, item in _known(name, value, checks)}
+        for missing in required - values.keys():
+            raise BadMessage(f"{name}.{missing} is missing")
+        return cls(**values)
+
+    return check
+
+
+def _known(name: str, value: Any, checks: dict[str, Check]) -> Any:
+    for key in _map(name, value):
+        if key not in checks:
+            raise BadMessage(f"{name} has no option {key!r}; there are {', '.join(checks)}")
+    return value.items()
+
+
+_OPTIONAL_AT_END = {"options", "filter"}
+
+#: Message type → its class and, in order, its fields with the check of each.
+SHAPES: dict[str, tuple[type[Any], list[tuple[str, Check]]]] = {
+    "hello": (
+        Hello,
+        [
+            ("id", _id),
+            (
+                "options",
+                _options(
+                    HelloOptions,
+                    {
+                        "protocol": _versions,
+                        "client": _string,
+                        "max_frame_bytes": _optional(_integer(4096, 1 << 32)),
+                        "part_bytes": _optional(_integer(4096, 1 << 32)),
+                        "features": _optional(_list),
+                    },
+                ),
+            ),
+        ],
+    ),
+    "open": (
+        Open,
+        [
+            ("id", _id),
+            ("session", _name),
+            ("graph", _map),
+            (
+                "options",
+                _options(OpenOptions, {"max_running": _integer(1, 100_000), "max_queued": _integer(0, 1_000_000)}),
+            ),
+        ],
+    ),
+    "close": (Close, [("id", _id), ("session", _name)]),
+    "snapshot": (Snapshot, [("id", _id), ("session", _name)]),
+    "edit": (Edit, [("id", _id), ("session", _name), ("operations", _list)]),
+    "get_output": (GetOutput, [("id", _id), ("session", _name), ("node", _name), ("port", _name)]),
+    "demand": (
+        Demand,
+        [
+            ("id", _id),
+            ("session", _name),
+            ("node", _name),
+            (
+                "options",
+                _options(
+                    DemandOptions,
+                    {
+                        "deadline_ms": _optional(_milliseconds),
+                        "credit": _optional(_integer(0, MAX_ID)),
+                        "priority": _integer(-100, 100),
+                        "events": _boolean,
+                        "coalesce_ms": _integer(0, 60_000),
+                        "coalesce_bytes": _bytes,
+                    },
+                ),
+            ),
+        ],
+    ),
+    "cancel": (Cancel, [("id", _id), ("demand", _id)]),
+    "credit": (Credit, [("demand", _id), ("n", _integer(1, MAX_ID))]),
+    "validate": (Validate, [("id", _id), ("graph", _map)]),
+    "node_types": (NodeTypes, [("id", _id), ("filter", _filter)]),
+    "models": (Models, [("id", _id)]),
+    "load_model": (
+        LoadModel,
+        [
+            ("id", _id),
+            (
+                "spec",
+                _options(
+                    LoadOptions,
+                    {
+                        "model": _name,
+                        "context_length": _optional(_integer(1, 1 << 24)),
+                        "gpu_layers": _integer(-1, 10_000),
+                        "threads": _optional(_integer(1, 1024)),
+                    },
+                ),
+            ),
+        ],
+    ),
+    "unload_model": (UnloadModel, [("id", _id), ("model", _name)]),
+    "health": (Health, [("id", _id)]),
+    "ping": (Ping, [("id", _id)]),
+    "drain": (Drain, [("id", _id), ("timeout_ms", _milliseconds)]),
+}
+
+
+def parse(message: list[Any]) -> Any:
+    """The typed message that a decoded array stands for.
+
+    Raises:
+        BadMessage: unknown type, wrong number of fields, or a field of the wrong type or range, which is named.
+    """
+    kind = message[0]
+    try:
+        cls, shape = SHAPES[kind]
+    except (KeyError, TypeError):
+        raise BadMessage(f"unknown message type {kind!r:.60}") from None
+    given = len(message) - 1
+    if given != len(shape):
+        if given == len(shape) - 1 and shape[-1][0] in _OPTIONAL_AT_END:
+            message = [*message, None]
+        else:
+            raise BadMessage(f"{kind} has {len(shape)} fields ({', '.join(name for name, _ in shape)}), not {given}")
+    position = 0
+    values = []
+    for name, check in shape:
+        position += 1
+        values.append(check(name, message[position]))
+    return cls(*values)
+
+
+def readable_id(message: list[Any]) -> int:
+    """The id of a message that could not be parsed, or 0 when none can be read."""
+    found = message[1] if len(message) > 1 else 0
+    return found if type(found) is int and 0 < found <= MAX_ID else 0

@@ -1,0 +1,103 @@
+"""Messages on their way out: which frame goes next, and how large messages travel in parts. No I/O.
+
+A message that fits one frame leaves at once. A larger one is cut into parts, and the parts of all large messages take
+turns, so that none of them holds up the others or any small message. Messages of one lane (a demand) keep their order:
+behind a large one of its lane, a small message waits in line.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from demandport.wire.codec import Codec
+from demandport.wire.framing import frame
+
+PART_BYTES = 64 * 1024
+
+
+class Outbox:
+    """Frames for the writer.
+
+    Args:
+        codec: how payloads are written.
+        part_bytes: payloads larger than this travel in parts.
+    """
+
+    def __init__(self, codec: Codec, part_bytes: int = PART_BYTES) -> None:
+        self._codec = codec
+        self.part_bytes = part_bytes
+        self._lanes: deque[_Lane] = deque()
+        self._lane_of: dict[int, _Lane] = {}
+        self._number = 0
+        self.waiting_bytes = 0
+
+    def put(self, message: list[Any], lane: int = 0) -> bytes | None:
+        """Take a message; returns its frame when it may leave at once, None when it waits for `next_frames`.
+
+        Args:
+            lane: the demand whose order is to be kept, or 0 for none.
+
+        Raises:
+            TypeMismatch: a value in it cannot travel.
+        """
+        payload = self._codec.encode(message)
+        large = len(payload) > self.part_bytes
+        if not large and lane not in self._lane_of:
+            return frame(payload)
+        self._queue(payload, lane, large)
+        return None
+
+    def next_frames(self) -> list[bytes]:
+        """The next frame of the lane whose turn it is; none when no large message waits."""
+        if not self._lanes:
+            return []
+        lane = self._lanes.popleft()
+        taken = self._cut(lane)
+        if lane.payloads:
+            self._lanes.append(lane)
+        elif lane.key:
+            del self._lane_of[lane.key]
+        self.waiting_bytes -= len(taken)
+        return [taken]
+
+    def _queue(self, payload: bytes, key: int, large: bool) -> None:
+        lane = self._lane_of.get(key) if key else None
+        if lane is None:
+            lane = _Lane(key)
+            self._lanes.append(lane)
+            if key:
+                self._lane_of[key] = lane
+        lane.payloads.append((payload, large))
+        self.waiting_bytes += len(payload)
+
+    def _cut(self, lane: _Lane) -> bytes:
+        payload, large = lane.payloads[0]
+        if not large:
+            lane.payloads.popleft()
+            self.waiting_bytes += 4  # its own length field was not counted on the way in
+            return frame(payload)
+        if lane.position == 0:
+            self._number += 1
+            lane.number = self._number
+        piece = payload[lane.position : lane.position + self.part_bytes]
+        lane.position += len(piece)
+        last = lane.position >= len(payload)
+        cut = frame(self._codec.encode(["part", lane.number, last, piece]))
+        self.waiting_bytes += len(cut) - len(piece)
+        if last:
+            lane.payloads.popleft()
+            lane.position = 0
+        return cut
+
+
+class _Lane:
+    """Messages that leave one after the other; the first may be on its way already."""
+
+    __slots__ = ("key", "number", "payloads", "position")
+
+    def __init__(self, key: int) -> None:
+        self.key = key
+        self.payloads: deque[tuple[bytes, bool]] = deque()
+        self.position = 0
+        self.number = 0

@@ -1,0 +1,115 @@
+"""The child's side of a worker process: a channel of frames that nothing else in the process can write to.
+
+A worker must never outlive the service. Three things see to it, since each alone has a hole: the kernel kills it when
+the service dies (Linux), a check right afterwards catches a service that died before that was set, and a thread that
+needs no event loop ends the process at end of input, also while a model loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from demandport.errors import DemandportError
+from demandport.pipes import protect_stdio
+from demandport.wire.codec import MsgpackCodec
+from demandport.wire.framing import MAX_FRAME_BYTES, FrameDecoder, frame
+
+Message = list[Any]
+
+_PR_SET_PDEATHSIG = 1
+_READ_BYTES = 1 << 16
+#: Exit status of a worker whose service sent something that is no message.
+EXIT_BAD_INPUT = 65
+
+
+class Channel:
+    """Messages from and to the service. Make it before anything else happens in the process.
+
+    Args:
+        parent_pid: process id of the service; the process ends at once if that is not its parent.
+        on_message: called on the reader thread with each message before it is queued, for what must not wait until the
+            main thread looks (a cancel). It must not block and must not raise.
+        niceness: added to the process's nice value, so that the service's event loop keeps its share of the cores.
+        max_frame_bytes: largest frame accepted.
+    """
+
+    def __init__(
+        self,
+        parent_pid: int,
+        *,
+        on_message: Callable[[Message], None] | None = None,
+        niceness: int = 5,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
+    ) -> None:
+        self._fd_in, self._fd_out = protect_stdio()
+        _die_with(parent_pid)
+        # Ctrl-C goes to the whole foreground group of a terminal; the service decides when its workers end.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with contextlib.suppress(OSError):
+            os.nice(niceness)
+        self.on_message = on_message
+        self._max_frame_bytes = max_frame_bytes
+        self._codec = MsgpackCodec()
+        self._writing = threading.Lock()
+        self._queue: SimpleQueue[Message] = SimpleQueue()
+        threading.Thread(target=self._read, name="channel-reader", daemon=True).start()
+
+    def send(self, message: Message) -> None:
+        """Write `message`; blocks while the pipe is full. May be called from any thread.
+
+        Raises:
+            TypeMismatch: the message holds a value that cannot travel; nothing was written.
+        """
+        with self._writing:
+            rest = memoryview(frame(self._codec.encode(message)))
+            try:
+                while rest:
+                    rest = rest[os.write(self._fd_out, rest) :]
+            except OSError:
+                os._exit(0)  # nobody listens any more
+
+    def receive(self, block: bool = True) -> Message | None:
+        """The next message in order; None when there is none and `block` is false."""
+        if not block and self._queue.empty():
+            return None
+        try:
+            return self._queue.get(block)
+        except Empty:
+            return None
+
+    def _read(self) -> None:
+        decoder, codec = FrameDecoder(self._max_frame_bytes), MsgpackCodec()
+        while True:
+            try:
+                data = os.read(self._fd_in, _READ_BYTES)
+            except OSError:
+                data = b""
+            if not data:
+                os._exit(0)
+            try:
+                for payload in decoder.feed(data):
+                    self._accept(codec.decode(payload))
+            except DemandportError as failed:
+                print(f"worker {os.getpid()}: bad input: {failed}", file=sys.stderr, flush=True)
+                os._exit(EXIT_BAD_INPUT)
+
+    def _accept(self, message: Message) -> None:
+        if self.on_message is not None:
+            self.on_message(message)
+        self._queue.put(message)
+
+
+def _die_with(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent dies, and end now if the parent is gone already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os._exit(0)
