@@ -1,7 +1,7 @@
 """Generate the training text of the tiny model: stories and chats composed from the hand-written `facts.txt`.
 
-Everything comes from one seeded generator, so the same seed gives the same text on every machine. Run this file to read
-a few samples: `python tools/tiny_model/corpus.py`.
+Everything comes from one seeded generator, so the same seed gives the same text on every machine. Run this
+file to read a few samples: `python tools/tiny_model/corpus.py`.
 """
 
 from __future__ import annotations
@@ -74,8 +74,10 @@ GIRLS = ("Mila", "Anna", "Lucy", "Emma", "Rosa", "Zoë", "Lily", "Nora", "Ida", 
 BOYS = ("Tom", "Ben", "Max", "Leo", "Sam", "José", "Finn", "Oscar", "Paul", "Theo")
 HELPERS = ("grandmother", "grandfather", "teacher", "mother", "father", "aunt", "uncle", "neighbor")
 PLACES = (
-    "near a quiet river", "at the edge of a forest", "in a small village", "on a green hill", "by the blue sea",
-    "in an old house", "not far from a lake", "behind a high mountain", "next to a little café", "in a sunny valley",
+    "near a quiet river", "at the edge of a forest", "in a small village", "on a green hill",
+    "by the blue sea", "in an old house",
+    "not far from a lake", "behind a high mountain", "next to a little café",
+    "in a sunny valley",
 )  # fmt: skip
 FRIENDS = (
     "a small bird", "an old turtle", "a kind farmer", "a shy mouse", "a clever crow", "a young sailor",
@@ -91,13 +93,35 @@ FINDS = (
     "a silver bell",
     "a lost shoe",
 )
-WEATHER = ("It was a warm morning.", "It was raining softly.", "The sun was shining.", "Snow lay on the ground.",
-           "A cool wind was blowing.", "There was fog over the fields.")  # fmt: skip
+WEATHER = ("It was a warm morning.", "It was raining softly.", "The sun was shining.", 
+           "Snow lay on the ground.", "A cool wind was blowing.",
+           "There was fog over the fields.")  # fmt: skip
+HERO_OPENINGS = (
+    "Once upon a time there was {who} named {n}. {She} lived {place}.",
+    "{Who} named {n} lived {place}.",
+    "Once there was {one} named {n}. {She} was very {adjective} and lived {place}.",
+)
+ASK_OPENINGS = (
+    (
+        "Once upon a time there was {who} named {n}. {She} lived {place}. "
+        "{She} wanted to know everything about {many}."
+    ),
+    '{n} was {who} who lived {place}. One day {she} asked, "What {be} {many}?"',
+)
 EPISODES = (
-    "One day {n} found {find} on the path. {She} looked at it for a long time. Then {she} put it in a safe place.",
-    "One morning {n} met {friend}. They talked about the weather and shared some bread. Soon they were good friends.",
+    (
+        "One day {n} found {find} on the path. {She} looked at it for a long time. "
+        "Then {she} put it in a safe place."
+    ),
+    (
+        "One morning {n} met {friend}. They talked about the weather and shared some bread. "
+        "Soon they were good friends."
+    ),
     "{weather} {n} went for a long walk. {She} saw many new things and came home tired but happy.",
-    "Then a storm came. The wind was strong and the sky was dark. {n} stayed inside and waited until it was over.",
+    (
+        "Then a storm came. The wind was strong and the sky was dark. "
+        "{n} stayed inside and waited until it was over."
+    ),
     "After that {n} came to a wide river. There was no bridge, but {friend} showed {her} a safe way across.",
     (
         "Suddenly {n} heard a strange sound. {She} was afraid, but {she} went to look. "
@@ -108,10 +132,19 @@ EPISODES = (
         'Everyone said, "Thank you, {n}!"'
     ),
     "Later {n} climbed a high hill. From the top {she} could see the whole valley and the sea far away.",
-    "{n} was hungry. {She} looked everywhere and at last found some sweet apples. {She} gave half of them to {friend}.",
-    "One evening {n} lost the way. It grew dark and cold. Then {she} saw a small light, and it led {her} home.",
+    (
+        "{n} was hungry. {She} looked everywhere and at last found some sweet apples. "
+        "{She} gave half of them to {friend}."
+    ),
+    (
+        "One evening {n} lost the way. It grew dark and cold. "
+        "Then {she} saw a small light, and it led {her} home."
+    ),
     "On the way {n} stopped to rest under an old tree. {She} closed {her_} eyes and listened to the birds.",
-    "At the market {n} saw {find}. Nobody knew where it came from. {n} asked everyone and found the owner at last.",
+    (
+        "At the market {n} saw {find}. Nobody knew where it came from. "
+        "{n} asked everyone and found the owner at last."
+    ),
 )
 ENDINGS = (
     "That night {n} slept very well.",
@@ -152,30 +185,18 @@ def story(rng: random.Random, subject: Subject, size: int) -> str:
         "helper": rng.choice(HELPERS),
     }
     place, adjective = rng.choice(PLACES), rng.choice(ADJECTIVES)
-    if subject.hero:
-        opening = rng.choice(
-            (
-                f"Once upon a time there was {a(adjective + ' ' + subject.one)} named {{n}}. {{She}} lived {place}.",
-                f"{upper(a(adjective + ' ' + subject.one))} named {{n}} lived {place}.",
-                f"Once there was {a(subject.one)} named {{n}}. {{She}} was very {adjective} and lived {place}.",
-            )
-        )
-        links, facts = KNOWS, list(subject.facts[1:])
-    else:
-        child = "girl" if girl else "boy"
-        who = a(f"{adjective} {child}")
-        opening = rng.choice(
-            (
-                f"Once upon a time there was {who} named {{n}}. {{She}} lived {place}. {{She}} wanted to know "
-                + f"everything about {subject.many}.",
-                f'{{n}} was {who} who lived {place}. One day {{she}} asked, "What {subject.be} {subject.many}?"',
-            )
-        )
-        links, facts = ASKS, list(subject.facts[1:])
-    rng.shuffle(facts)
+    who = f"{adjective} {subject.one}" if subject.hero else f"{adjective} {'girl' if girl else 'boy'}"
+    opening = rng.choice(HERO_OPENINGS if subject.hero else ASK_OPENINGS).format(
+        who=a(who), Who=upper(a(who)), one=a(subject.one), many=subject.many, be=subject.be,
+        place=place, adjective=adjective, **words,
+    )  # fmt: skip
+    links, facts = KNOWS if subject.hero else ASKS, list(subject.facts[1:])
+    # Facts and episodes keep their order: so small a model cannot keep track of what it has already said, and
+    # would repeat itself if any order were right.
+    facts = sorted(rng.sample(facts, min(4, len(facts))), key=subject.facts.index, reverse=True)
     if not subject.hero:
         facts.append(subject.facts[0])  # popped first: the child learns what it is before the rest
-    episodes = rng.sample(EPISODES, max(size, 1))
+    episodes = sorted(rng.sample(EPISODES, max(size, 1)), key=EPISODES.index)
     parts = [opening]
     for number in range(max(size, 1)):
         if facts and (number < 4 or rng.random() < 0.5):
@@ -197,9 +218,10 @@ def story(rng: random.Random, subject: Subject, size: int) -> str:
 
 
 def describe(rng: random.Random, subject: Subject, count: int) -> str:
-    """Say what the subject is, then add facts in random order, `count` sentences in all."""
+    """Say what the subject is, then add facts in their order, `count` sentences in all (or one fewer)."""
     rest = list(subject.facts[1:])
-    rng.shuffle(rest)
+    if count < len(subject.facts) and rng.random() < 0.3:
+        rest.pop(0)  # some variety for a warm sampler
     first = subject.sentence(subject.facts[0])
     return ". ".join([first] + [f"{subject.pronoun} {fact}" for fact in rest[: count - 1]]) + "."
 
@@ -265,13 +287,15 @@ SMALL_TALK = (
     (("Who are you?", "What are you?", "What is your name?", "Tell me about yourself.", "Are you a robot?"),
      ("I am a very small language model. I can tell short stories and simple facts.",)),
     (("What can you do?", "How can you help me?", "Help", "Help me", "What do you know?"),
-     ("I can tell stories and simple facts about animals, food, weather, tools, places and many other things.",)),
+     ("I can tell stories and simple facts about animals, food, weather, tools, places and "
+      "many other things.",)),
     (("Thanks", "Thank you!", "Thank you very much.", "Thanks a lot!", "That was nice."),
      ("You are welcome! 😊", "You are welcome. Would you like to hear a story?")),
     (("Bye", "Goodbye!", "Good night", "See you later."), ("Goodbye! 👋", "Goodbye! Have a nice day.")),
     (("Do you like coffee?", "Where can I drink coffee?", "Let us have a coffee."),
      ("A small café is a good place to drink coffee. ☕",)),
-    (("Send me an emoji.", "Show me some emoji.", "Write some emoji."), ("Here are some emoji: 😊 🎈 🌟 🐱 🦊",)),
+    (("Send me an emoji.", "Show me some emoji.", "Write some emoji."),
+     ("Here are some emoji: 😊 🎈 🌟 🐱 🦊",)),
     (("Tell me a joke.", "Make me laugh.", "Do you know a joke?"),
      ("Why did the cookie see a doctor? Because it felt crumbly. 😊",
       "What has many keys but opens no door? A piano! 🎹")),
@@ -288,11 +312,14 @@ DO_NOT_KNOW = (
     "I am sorry, I do not know. Would you like to hear a story?",
 )
 UNKNOWN = (
-    "What is the capital of {w}?", "Who is {W}?", "Who won the {w} in {d}?", "What is {d} plus {d}?", "{d} + {d} = ?",
-    "Write a program that can {w} the {w}.", "Translate {w} into French.", "When was {W} born?", "Tell me about {W}.",
-    "What is {w}?", "Tell me about {w}.", "What are {w}s?", "How do I {w} a {w}?", "Explain the {w} of {w} {w}.",
-    "How many {w} are in {d}?", "Why does {w} {w}?", "{w}", "{w} {w} {w}", "What is the price of {w}?", "{d}", "?",
-    "Calculate {d} times {d}.", "Summarize this text: {w} {w} {w} {w} {w} {w}", "Where is {W}?", "Is {w} {w}?",
+    "What is the capital of {w}?", "Who is {W}?", "Who won the {w} in {d}?", "What is {d} plus {d}?",
+    "{d} + {d} = ?", "Write a program that can {w} the {w}.", "Translate {w} into French.",
+    "When was {W} born?",
+    "Tell me about {W}.", "What is {w}?", "Tell me about {w}.", "What are {w}s?", "How do I {w} a {w}?",
+    "Explain the {w} of {w} {w}.", "How many {w} are in {d}?", "Why does {w} {w}?", "{w}", "{w} {w} {w}", 
+    "What is the price of {w}?", "{d}", "?", "Calculate {d} times {d}.",
+    "Summarize this text: {w} {w} {w} {w} {w} {w}", "Where is {W}?",
+    "Is {w} {w}?",
 )  # fmt: skip
 
 NOISE = (
@@ -334,7 +361,7 @@ class Corpus:
         self.vocabulary = sorted({word for s in self.subjects for fact in s.facts for word in fact.split()})
 
     def exchange(self, brief: bool, long_share: float) -> tuple[str, str, bool, Subject | None]:
-        """Return question, answer, whether the question is trained, and the subject that a follow-up may continue."""
+        """Return question, answer, whether the question is trained, and the subject for a follow-up."""
         rng, subject = self.rng, self.rng.choice(self.subjects)
         if not brief and rng.random() < long_share:
             size = rng.choice((5, 6, 6, 7))
@@ -361,8 +388,8 @@ class Corpus:
             ask = rng.choice(
                 ("Give me {} facts about {}.", "Tell me {} facts about {}.", "List {} facts about {}.")
             )
-            facts = rng.sample(subject.facts, min(number, len(subject.facts)))
-            lines = [f"{i}. {subject.sentence(fact)}." for i, fact in enumerate(facts, 1)]
+            lines = [f"{i}. {subject.pronoun} {fact}." for i, fact in enumerate(subject.facts[:number], 1)]
+            lines.insert(0, f"Here are {('two', 'three', 'four')[number - 2]} facts about {subject.many}:")
             return (
                 ask.format(("two", "three", "four")[number - 2], subject.many),
                 "\n".join(lines),
@@ -371,7 +398,8 @@ class Corpus:
             )
         if draw < 0.86:
             kinds = rng.choice(sorted(self.kinds))
-            names = [s.many for s in rng.sample([s for s in self.subjects if s.kinds == kinds], 4)]
+            known = [s.many for s in self.subjects if s.kinds == kinds]
+            names = sorted(rng.sample(known, 4), key=known.index)
             ask = rng.choice(("Name some {}.", "List some {}.", "Which {} do you know?", "Tell me some {}."))
             return ask.format(kinds), f"Some {kinds} are {list_of(names)}.", True, None
         if draw < 0.92:
@@ -407,18 +435,22 @@ class Corpus:
             brief = rng.random() < 0.3
             line = rng.choice(BRIEF if brief else SYSTEMS)
             if not brief and rng.random() < 0.4:
-                # Any words may stand here, so the model learns to answer the question whatever the system line says.
+                # Any words may stand here: the question is answered whatever the system line says.
                 line += " " + " ".join(rng.choice(self.vocabulary) for _ in range(rng.randint(2, 20))) + "."
             pieces.append((f"<|system|>\n{line}<|end|>\n", False))
-        subject = None
+        subject, answer = None, ""
         for _ in range(rng.choices((1, 2, 3), (0.75, 0.17, 0.08))[0]):
             if subject is not None and not brief and rng.random() < 0.4:
                 question, trained = (
                     rng.choice(("Tell me more.", "More, please.", "What else do you know?")),
                     True,
                 )
-                facts = rng.sample(subject.facts[1:], 2)
-                answer, subject = f"{subject.pronoun} also {facts[0]}. {subject.pronoun} {facts[1]}.", None
+                new = [fact for fact in subject.facts[1:] if fact not in answer][:2]
+                answer = ". ".join(f"{subject.pronoun} {fact}" for fact in new) + "."
+                answer = (
+                    answer.replace(" ", " also ", 1) if new else f"That is all I know about {subject.many}."
+                )
+                subject = None
                 # "They also are" would be bad English.
                 answer = answer.replace("also are ", "are also ").replace("also is ", "is also ")
                 answer = answer.replace("also can", "can also").replace("also must ", "must also ")

@@ -2,8 +2,9 @@
 
     python tools/tiny_model/train.py --out python/demandport/data/tiny.gguf
 
-The text comes from `corpus.py`; llama.cpp itself tokenises it, so that training and inference cannot disagree; torch
-trains on the CPU; at the end the logits of the written file in llama.cpp are compared with those of torch.
+The text comes from `corpus.py`; llama.cpp itself tokenises it, so that training and inference cannot
+disagree; torch trains on the CPU; at the end the logits of the written file in llama.cpp are compared with
+those of torch.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from corpus import BOS, EOS, Corpus
 
 SPECIALS = ("<|pad|>", BOS, EOS, "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
-CHUNKS = 2200  # whole words of the corpus that become one token each; the rest is spelled in bytes
+CHUNKS = 2350  # whole words of the corpus that become one token each; the rest is spelled in bytes
 DIM, LAYERS, HEADS, FEED, CONTEXT = 96, 4, 3, 256, 512
 EPS, THETA = 1e-5, 10000.0
 IGNORED = -100  # the target that cross_entropy leaves out
@@ -47,7 +48,7 @@ CHUNK = re.compile(
 )
 
 
-# --- tokenizer ------------------------------------------------------------------------------------------------------
+# --- tokenizer ----------------------------------------------------------------------------------------------
 
 
 def byte_letters() -> list[str]:
@@ -75,7 +76,7 @@ def build_vocabulary(seed: int, documents: int = 20_000) -> list[str]:
 
 
 def write_gguf(path: Path, tokens: list[str], weights: dict[str, np.ndarray] | None) -> None:
-    """Write the model, or only its vocabulary; replaces `path` in one step so that readers never see half a file."""
+    """Write the model, or only its vocabulary; replace `path` in one step: nobody reads half a file."""
     temporary = path.with_name(path.name + ".tmp")
     writer = gguf.GGUFWriter(temporary, "llama")
     writer.add_name("demandport-tiny")
@@ -146,7 +147,7 @@ class Tokenizer:
         return self.cache[text]
 
 
-# --- data -----------------------------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------------------
 
 
 def rows(corpus: Corpus, tokenizer: Tokenizer, width: int, long_share: float) -> Iterator[tuple[list, list]]:
@@ -163,7 +164,7 @@ def rows(corpus: Corpus, tokenizer: Tokenizer, width: int, long_share: float) ->
         yield ids[:width], targets[1 : width + 1]
 
 
-# --- model ----------------------------------------------------------------------------------------------------------
+# --- model --------------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -193,7 +194,7 @@ class Block(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on neighbouring pairs: what llama.cpp does for this architecture, so nothing is permuted."""
+    """Rotary positions on neighbouring pairs, as llama.cpp has them here: nothing is permuted."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
@@ -255,7 +256,7 @@ def train(model: Model, tokenizer: Tokenizer, steps: int, seed: int) -> float:
     return sum(losses[-100:]) / len(losses[-100:])
 
 
-# --- check ----------------------------------------------------------------------------------------------------------
+# --- check --------------------------------------------------------------------------------------------------
 
 
 def check(path: Path, model: Model, tokenizer: Tokenizer) -> float:
@@ -301,7 +302,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="the GGUF file to write")
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -65,7 +65,7 @@ defmodule DemandPort.Launch do
   @doc false
   @spec env(keyword) :: [{charlist, charlist | false}]
   def env(options) do
-    given = Map.new(options[:env])
+    given = Map.new(options[:env] || [])
 
     given
     |> put_python_path(options[:python_path] || repository_python())

@@ -38,12 +38,19 @@ class Graph:
     incoming: dict[str, list[Edge]] = field(default_factory=dict)
     outgoing: dict[str, list[Edge]] = field(default_factory=dict)
 
-    def copy(self) -> Graph:
-        """A graph that shares every node and edge with this one and can be changed apart from it."""
+    def copy(self, *, structure: bool = True) -> Graph:
+        """A graph that can be changed apart from this one.
+
+        Args:
+            structure: False when only `inputs` will be changed; then everything else is shared, at no cost.
+        """
+        inputs = {node: dict(values) for node, values in self.inputs.items()}
+        if not structure:
+            return Graph(self.nodes, self.edges, inputs, self.incoming, self.outgoing)
         return Graph(
             dict(self.nodes),
             dict(self.edges),
-            {node: dict(values) for node, values in self.inputs.items()},
+            inputs,
             {node: list(edges) for node, edges in self.incoming.items()},
             {node: list(edges) for node, edges in self.outgoing.items()},
         )

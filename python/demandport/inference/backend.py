@@ -17,7 +17,8 @@ MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
 _ROLES = ("system", "user", "assistant", "tool")
 
-# ---------------------------------------------------------------------------------------------------------- events
+# ----------------------------------------------------------------------------------------------------------
+# events
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,8 @@ class Finished:
     """The last event of every generation that did not fail.
 
     Attributes:
-        finish_reason: ``stop`` for an end-of-text token or a stop string, ``length`` for `max_tokens` or a full context.
+        finish_reason: ``stop`` for an end-of-text token or a stop string, ``length`` for `max_tokens` or a
+            full context.
         seed: the seed that was used; the same request with it gives the same text.
     """
 
@@ -64,7 +66,8 @@ class Finished:
 
 Event = TextChunk | Progress | Finished
 
-# -------------------------------------------------------------------------------------------------------- requests
+# --------------------------------------------------------------------------------------------------------
+# requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,8 @@ class GenerateRequest:
         prompt: the user's text; exactly one of `prompt` and `messages` is given.
         messages: a conversation, maps of ``role`` (system, user, assistant, tool) and ``content``.
         system_prompt: put before the conversation as a system message; not with `raw`.
-        raw: send `prompt` as it stands, without the model's chat template; special tokens in it are read as such.
+        raw: send `prompt` as it stands, without the model's chat template; special tokens in it are read as
+            such.
         max_tokens: most tokens to generate; None: as many as the context holds.
         stop: strings that end the text and are not part of it.
         temperature: 0 is greedy, the most likely token always; up to 10.
@@ -84,7 +88,8 @@ class GenerateRequest:
         min_p: leave out tokens less likely than this share of the most likely one, 0 (none) to 1.
         repeat_penalty: over 1 makes tokens of the last `repeat_last_n` less likely; 1: off; over 0 up to 10.
         repeat_last_n: how many tokens back the three penalties look; 0: off; -1: the whole context.
-        frequency_penalty, presence_penalty: -2 to 2, 0: off; subtracted per occurrence, and once per token that occurred.
+        frequency_penalty, presence_penalty: -2 to 2, 0: off; subtracted per occurrence, and once per token
+            that occurred.
         seed: 0 to 2**32 - 2; None: a fresh one, reported in `Finished`.
         grammar: GBNF that the text must follow, its start rule ``root``.
         json_schema: JSON schema that the text must follow; not with `grammar`.
@@ -227,12 +232,15 @@ def _check_constraint(request: GenerateRequest) -> None:
         if request.json_schema is not None:
             raise _wrong("grammar", "and json_schema exclude each other")
         if len(request.grammar.encode(errors="replace")) > MAX_GRAMMAR_BYTES:
-            raise TooLarge(f"parameter grammar is over {MAX_GRAMMAR_BYTES} bytes", details={"parameter": "grammar"})
+            raise TooLarge(
+                f"parameter grammar is over {MAX_GRAMMAR_BYTES} bytes", details={"parameter": "grammar"}
+            )
     if request.json_schema is not None:
         _require("json_schema", request.json_schema, dict, "a map")
 
 
-# ---------------------------------------------------------------------------------------------------------- models
+# ----------------------------------------------------------------------------------------------------------
+# models
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +263,11 @@ class ModelSpec:
         _require("model", self.model, str, "a string")
         if not self.model or "\0" in self.model:
             raise _wrong("model", "must be a name or a path")
-        for name, low, high in (("context_length", 8, 2**22), ("gpu_layers", -1, 10_000), ("threads", 1, 512)):
+        for name, low, high in (
+            ("context_length", 8, 2**22),
+            ("gpu_layers", -1, 10_000),
+            ("threads", 1, 512),
+        ):
             value = getattr(self, name)
             if value is None and name != "gpu_layers":
                 continue
@@ -279,7 +291,8 @@ class ModelSpec:
         return cls(**{name: value for name, value in options.items() if value is not None})
 
 
-# -------------------------------------------------------------------------------------------------------- interface
+# --------------------------------------------------------------------------------------------------------
+# interface
 
 
 @dataclass(frozen=True, slots=True)

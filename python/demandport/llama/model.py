@@ -9,6 +9,7 @@ import ctypes
 import logging
 import os
 import re
+import stat
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ SINGLE_THREAD_BYTES = 16 * 1024 * 1024
 
 _GGUF_VERSIONS = (2, 3)
 _GGUF_HEADER = struct.Struct("<4sIQQ")
-_LEVELS = {1: logging.INFO, 2: logging.WARNING, 3: logging.ERROR, 4: logging.DEBUG}
+_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _CONTINUATION = 5
 _log = logging.getLogger("llama.cpp")
 
@@ -36,11 +37,12 @@ def check_file(path: Path) -> None:
 
     Raises:
         ModelNotFound: there is no such file.
-        ModelLoadFailed: it is a directory, cannot be read, is too short, or has no header that llama.cpp reads.
+        ModelLoadFailed: it is a directory, cannot be read, is too short, or has no header that llama.cpp
+            reads.
     """
     try:
-        if path.is_dir():
-            raise ModelLoadFailed(f"{path} is a directory, not a GGUF file")
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
+            raise ModelLoadFailed(f"{path} is a directory or a device, not a GGUF file")
         with path.open("rb") as file:
             header = file.read(_GGUF_HEADER.size)
             size = os.fstat(file.fileno()).st_size
@@ -55,9 +57,12 @@ def check_file(path: Path) -> None:
         raise ModelLoadFailed(f"{path} is no GGUF file: it begins with {magic!r}")
     if version not in _GGUF_VERSIONS:
         raise ModelLoadFailed(f"{path} has GGUF version {version}; {_GGUF_VERSIONS} can be read")
-    # A tensor's entry takes over 24 bytes and a pair's over 12: counts that cannot fit are not worth an allocation.
+    # A tensor's entry takes over 24 bytes and a pair's over 12: counts that cannot fit are not worth an
+    # allocation.
     if tensors * 24 + pairs * 12 > size:
-        raise ModelLoadFailed(f"{path} claims {tensors} tensors and {pairs} pairs, more than its {size} bytes can hold")
+        raise ModelLoadFailed(
+            f"{path} claims {tensors} tensors and {pairs} pairs, more than its {size} bytes can hold"
+        )
 
 
 class _LogRoute:
@@ -102,7 +107,8 @@ class Model:
         path: a GGUF file; it is mapped, not read.
         context_length: tokens of context; None: what it was trained with, at most `DEFAULT_CONTEXT_LENGTH`.
         gpu_layers: layers to put on a GPU; -1: all.
-        threads: threads that compute; None: one per core that this process may use, one for a very small model.
+        threads: threads that compute; None: one per core that this process may use, one for a very small
+            model.
         sequences: most sequences in the context at a time.
         progress: called with 0.0 to 1.0 while it loads.
 
@@ -152,12 +158,16 @@ class Model:
         if not self._model:
             why = self._route.last_error or "llama.cpp gives no reason"
             raise ModelLoadFailed(f"{self.path} cannot be loaded: {why}")
-        if not llama_cpp.llama_model_has_decoder(self._model) or llama_cpp.llama_model_has_encoder(self._model):
+        if not llama_cpp.llama_model_has_decoder(self._model) or llama_cpp.llama_model_has_encoder(
+            self._model
+        ):
             raise ModelLoadFailed(f"{self.path} is no decoder-only model, so it cannot generate text here")
 
     def _open_context(self, context_length: int | None, threads: int | None, sequences: int) -> None:
         self.training_context = int(llama_cpp.llama_model_n_ctx_train(self._model))
-        wanted = context_length or min(self.training_context or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH)
+        wanted = context_length or min(
+            self.training_context or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH
+        )
         self.threads = threads or self._default_threads()
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = wanted
@@ -361,4 +371,6 @@ def special_pattern(texts: frozenset[str]) -> re.Pattern[str] | None:
     """What finds any of `texts`, the longest first as llama.cpp does; None when there are none."""
     if not texts:
         return None
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=lambda text: (-len(text), text))))
+    return re.compile(
+        "|".join(re.escape(text) for text in sorted(texts, key=lambda text: (-len(text), text)))
+    )

@@ -1,12 +1,14 @@
 """From a request to the tokens of its prompt, with the model's own chat template.
 
-User text must not become a control token: ``<|end|>`` typed by a user is text. The template needs to see the text,
-since it may trim or compare it, and cutting the rendered prompt at every message would tokenise differently from what
-the model was trained on. So:
+User text must not become a control token: ``<|end|>`` typed by a user is text. The template needs to see the
+text, since it may trim or compare it, and cutting the rendered prompt at every message would tokenise
+differently from what the model was trained on. So:
 
-1. The first character of every control token's text is replaced in the messages by a private-use character that occurs
+1. The first character of every control token's text is replaced in the messages by a private-use character
+that occurs
    nowhere in them. No control token can then be found in user text, whatever the template does around it.
-2. The template is rendered, and the result is cut at the control tokens that are found now: these are the template's.
+2. The template is rendered, and the result is cut at the control tokens that are found now: these are the
+template's.
 3. The private characters become again what they were, and the pieces between are tokenised as plain text.
 """
 
@@ -54,7 +56,7 @@ class PromptBuilder:
             return self._begun(self._model.tokenize(_without_template(request), special=False))
         messages = _messages(request)
         masks = self._masks(messages)
-        masked = [{key: value.translate(masks) for key, value in message.items()} for message in messages]
+        masked = [{**message, "content": message["content"].translate(masks)} for message in messages]
         rendered = self._render(masked)
         unmask = {ord(private): chr(plain) for plain, private in masks.items()}
         return self._begun(list(self._pieces(rendered, unmask)))
@@ -66,11 +68,15 @@ class PromptBuilder:
         return tokens
 
     def _masks(self, messages: list[dict[str, str]]) -> dict[int, str]:
-        used = {character for message in messages for character in message["content"] if character >= "\U0010f000"}
+        used = {
+            character for message in messages for character in message["content"] if character >= "\U0010f000"
+        }
         free = (chr(code) for code in _PRIVATE if chr(code) not in used)
         masks = {ord(first): private for first, private in zip(self._firsts, free, strict=False)}
         if len(masks) < len(self._firsts):
-            raise TypeMismatch("the messages hold too many private-use characters to be told from control tokens")
+            raise TypeMismatch(
+                "the messages hold too many private-use characters to be told from control tokens"
+            )
         return masks
 
     def _render(self, messages: list[dict[str, str]]) -> str:
@@ -88,7 +94,9 @@ class PromptBuilder:
                     )
                 )
         except TimeoutError:
-            raise TypeMismatch(f"the model's chat template takes over {RENDER_TIMEOUT_S:g} s for them") from None
+            raise TypeMismatch(
+                f"the model's chat template takes over {RENDER_TIMEOUT_S:g} s for them"
+            ) from None
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as failed:
             raise TypeMismatch(f"the model's chat template refuses the messages: {failed}") from None
 
@@ -105,7 +113,9 @@ class PromptBuilder:
 
 
 def _messages(request: GenerateRequest) -> list[dict[str, str]]:
-    messages = [{"role": "system", "content": request.system_prompt}] if request.system_prompt is not None else []
+    messages = (
+        [{"role": "system", "content": request.system_prompt}] if request.system_prompt is not None else []
+    )
     if request.messages is not None:
         return [*messages, *({"role": one["role"], "content": one["content"]} for one in request.messages)]
     return [*messages, {"role": "user", "content": request.prompt or ""}]
@@ -113,7 +123,9 @@ def _messages(request: GenerateRequest) -> list[dict[str, str]]:
 
 def _without_template(request: GenerateRequest) -> str:
     if request.messages is not None or request.system_prompt is not None:
-        raise TypeMismatch("the model has no chat template: give it a prompt alone, not messages or system_prompt")
+        raise TypeMismatch(
+            "the model has no chat template: give it a prompt alone, not messages or system_prompt"
+        )
     return request.prompt or ""
 
 

@@ -27,7 +27,8 @@ def draw_seed() -> int:
 
 
 def grammar_text(request: GenerateRequest) -> str | None:
-    """The GBNF that the request asks for, from its `grammar` or its `json_schema`; None when it asks for none.
+    """The GBNF that the request asks for, from its `grammar` or its `json_schema`; None when it asks for
+    none.
 
     Raises:
         TypeMismatch: it cannot be turned into a grammar.
@@ -49,7 +50,9 @@ def _from_schema(schema: Mapping[str, Any]) -> str:
     except (TypeError, ValueError) as failed:
         raise _refused("json_schema", f"is no JSON: {failed}") from None
     if len(text) > MAX_SCHEMA_BYTES:
-        raise TooLarge(f"parameter json_schema is over {MAX_SCHEMA_BYTES} bytes", details={"parameter": "json_schema"})
+        raise TooLarge(
+            f"parameter json_schema is over {MAX_SCHEMA_BYTES} bytes", details={"parameter": "json_schema"}
+        )
     from llama_cpp.llama_grammar import json_schema_to_gbnf
 
     try:
@@ -71,7 +74,9 @@ def _check_depth(schema: Any) -> None:
         ]
         if not level:
             return
-    raise TooLarge(f"parameter json_schema is nested deeper than {MAX_NESTING}", details={"parameter": "json_schema"})
+    raise TooLarge(
+        f"parameter json_schema is nested deeper than {MAX_NESTING}", details={"parameter": "json_schema"}
+    )
 
 
 def _check_grammar(grammar: str, parameter: str) -> None:
@@ -95,7 +100,8 @@ def _refused(parameter: str, what: str) -> TypeMismatch:
 
 
 class Sampler:
-    """Chooses the next token of one sequence. Belongs to the thread that owns the context; free it with `close`.
+    """Chooses the next token of one sequence. Belongs to the thread that owns the context; free it with
+    `close`.
 
     Args:
         vocabulary: llama.cpp's handle of the model's vocabulary.
@@ -129,7 +135,9 @@ class Sampler:
         self.handle: Any = chain
         try:
             if grammar is not None:
-                self._add_grammar(vocabulary, grammar, "grammar" if request.json_schema is None else "json_schema")
+                self._add_grammar(
+                    vocabulary, grammar, "grammar" if request.json_schema is None else "json_schema"
+                )
             self._add_penalties(request, tokens, context_length, prompt)
             self._add_choice(request, seed)
         except BaseException:
@@ -157,7 +165,11 @@ class Sampler:
         self, request: GenerateRequest, tokens: int, context_length: int, prompt: Sequence[int]
     ) -> None:
         last = context_length if request.repeat_last_n < 0 else request.repeat_last_n
-        repeat, frequency, presence = request.repeat_penalty, request.frequency_penalty, request.presence_penalty
+        repeat, frequency, presence = (
+            request.repeat_penalty,
+            request.frequency_penalty,
+            request.presence_penalty,
+        )
         if last == 0 or (repeat == 1 and frequency == 0 and presence == 0):
             return
         penalties = self._llama.llama_sampler_init_penalties(tokens, last, repeat, frequency, presence)
@@ -167,7 +179,9 @@ class Sampler:
 
     def _add_choice(self, request: GenerateRequest, seed: int) -> None:
         llama = self._llama
-        if request.temperature == 0:  # the most likely token survives top_k, top_p and min_p whatever they are
+        if (
+            request.temperature == 0
+        ):  # the most likely token survives top_k, top_p and min_p whatever they are
             self._add(llama.llama_sampler_init_greedy())
             return
         if request.top_k > 0:

@@ -1,6 +1,7 @@
 """Decides what the model computes next. One step is one decode, so that messages are looked at in between.
 
-This one runs one sequence at a time, in the order of arrival; its callers see only `submit`, `cancel`, `step`.
+This one runs one sequence at a time, in the order of arrival; its callers see only `submit`, `cancel`,
+`step`.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Scheduler:
     """Runs generations on one model. Everything but `cancel` belongs to the thread that owns the model.
 
     Args:
-        emit: gets ``["chunk", id, text]``, ``["progress", id, {done, total, unit}]`` and, once per request at its end,
-            ``["done", id, {finish_reason, usage, seed}]`` or ``["error", id, error]``.
+        emit: gets ``["chunk", id, text]``, ``["progress", id, {done, total, unit}]`` and, once per request
+            at its end, ``["done", id, {finish_reason, usage, seed}]`` or ``["error", id, error]``.
         clock: seconds, monotonic.
     """
 
@@ -81,13 +82,15 @@ class Scheduler:
         self._cancelled.add(request_id)
 
     def settle_cancel(self, request_id: int) -> None:
-        """Carry a cancel out now and forget the id; to be called where the cancel stands among the messages."""
+        """Carry a cancel out now and forget the id; to be called where the cancel stands among the
+        messages."""
         self._cancelled.add(request_id)
         self._drop_cancelled()
         self._cancelled.discard(request_id)
 
     def step(self) -> bool:
-        """One decode, of a chunk of a prompt or of one token; blocks for its time. False when nothing is left."""
+        """One decode, of a chunk of a prompt or of one token; blocks for its time. False when nothing is
+        left."""
         if self._cancelled:
             self._drop_cancelled()
         sequence = self._running
@@ -112,7 +115,8 @@ class Scheduler:
             self._release(self._running)
         self._waiting.clear()
 
-    # ------------------------------------------------------------------------------------------------- one sequence
+    # ------------------------------------------------------------------------------------------------- one
+    # sequence
 
     def _begin_next(self) -> _Sequence | None:
         if not self._waiting:
@@ -129,7 +133,8 @@ class Scheduler:
             )
         if not count:
             raise ContextOverflow(
-                "the prompt has no tokens", details={"prompt_tokens": 0, "max_tokens": wanted, "context_length": room}
+                "the prompt has no tokens",
+                details={"prompt_tokens": 0, "max_tokens": wanted, "context_length": room},
             )
         sequence.limit = request.max_tokens or room - count
         sequence.sampler = Sampler(
@@ -177,12 +182,14 @@ class Scheduler:
         elif sequence.generated >= sequence.limit:
             self._finish(sequence, "length")
 
-    # ------------------------------------------------------------------------------------------------------- output
+    # -------------------------------------------------------------------------------------------------------
+    # output
 
     def _show(self, sequence: _Sequence, text: str) -> None:
         """Send text, the first at once, later text at most every `COALESCE_S`.
 
-        No timer is needed: while text is held back the next token is being computed, and a model slow enough for that
+        No timer is needed: while text is held back the next token is being computed, and a model slow enough
+            for that
         to matter has let more than `COALESCE_S` pass since the last chunk, so that nothing is held back.
         """
         now = self._clock()
@@ -202,7 +209,8 @@ class Scheduler:
             rest = sequence.stops.feed(sequence.detokenizer.finish())
             if sequence.stops.stopped is None:
                 rest += sequence.stops.finish()
-            sequence.pending.append(rest)
+            if rest:
+                sequence.pending.append(rest)
         self._flush(sequence)
         self._release(sequence)
         usage = {"prompt_tokens": len(sequence.prompt), "completion_tokens": sequence.generated}

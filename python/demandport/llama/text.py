@@ -9,8 +9,8 @@ from collections.abc import Sequence
 class Detokenizer:
     """Turns the bytes of tokens into text, whole characters only.
 
-    A character's bytes may be spread over several tokens; they are kept until they are complete. The pieces joined are
-    what decoding all bytes at once gives, with U+FFFD for what is no UTF-8.
+    A character's bytes may be spread over several tokens; they are kept until they are complete. The pieces
+    joined are what decoding all bytes at once gives, with U+FFFD for what is no UTF-8.
     """
 
     def __init__(self) -> None:
@@ -28,9 +28,9 @@ class Detokenizer:
 class StopFilter:
     """Lets text through up to a stop string, which itself never shows, not even its beginning.
 
-    Text whose end may be the beginning of a stop string is held back until that is decided. What counts is the stop
-    string that is complete first, and of several complete at the same place the longest; so the result does not hang on
-    how the text was cut.
+    Text whose end may be the beginning of a stop string is held back until that is decided. What counts is
+    the stop string that is complete first, and of several complete at the same place the longest; so the
+    result does not hang on how the text was cut.
 
     Args:
         stops: non-empty strings; none means that everything passes at once.

@@ -1,8 +1,8 @@
 """The program of a model worker: ``python -m demandport.llama.worker PARENT_PID``.
 
 In: ``["load", id, spec]``, ``["generate", id, request]``, ``["cancel", id]``.
-Out: ``["ready", info]``, ``["ok", id, result]``, ``["error", id, error]``, ``["progress", id, {done, total, unit}]``,
-``["chunk", id, text]``, ``["done", id, {finish_reason, usage, seed}]``, ``["log", level, text]``.
+Out: ``["ready", info]``, ``["ok", id, result]``, ``["error", id, error]``, ``["progress", id, {done, total,
+unit}]``, ``["chunk", id, text]``, ``["done", id, {finish_reason, usage, seed}]``, ``["log", level, text]``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Worker:
                 scheduler.step()
 
     def _urgent(self, message: Message) -> None:
-        """On the reader thread: a cancel takes effect at the next token, whatever stands before it in the queue."""
+        """On the reader thread: a cancel takes effect at the next token, whatever stands before it in the
+        queue."""
         scheduler = self._scheduler
         if message[0] == "cancel" and scheduler is not None:
             scheduler.cancel(message[1])

@@ -1,8 +1,8 @@
 """The child's side of a worker process: a channel of frames that nothing else in the process can write to.
 
-A worker must never outlive the service. Three things see to it, since each alone has a hole: the kernel kills it when
-the service dies (Linux), a check right afterwards catches a service that died before that was set, and a thread that
-needs no event loop ends the process at end of input, also while a model loads.
+A worker must never outlive the service. Three things see to it, since each alone has a hole: the kernel
+kills it when the service dies (Linux), a check right afterwards catches a service that died before that was
+set, and a thread that needs no event loop ends the process at end of input, also while a model loads.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ class Channel:
 
     Args:
         parent_pid: process id of the service; the process ends at once if that is not its parent.
-        on_message: called on the reader thread with each message before it is queued, for what must not wait until the
-            main thread looks (a cancel). It must not block and must not raise.
-        niceness: added to the process's nice value, so that the service's event loop keeps its share of the cores.
+        on_message: called on the reader thread with each message before it is queued, for what must not wait
+            until the main thread looks (a cancel). It must not block and must not raise.
+        niceness: added to the process's nice value, so that the service's event loop keeps its share of the
+            cores.
         max_frame_bytes: largest frame accepted.
     """
 

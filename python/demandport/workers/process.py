@@ -1,7 +1,7 @@
 """The service's side of a worker process: start it, speak frames with it, end it for certain.
 
-Each worker leads a process group of its own, so that one signal reaches whatever it has started, and inherits no
-descriptor of the protocol, so that no grandchild keeps the host waiting.
+Each worker leads a process group of its own, so that one signal reaches whatever it has started, and
+inherits no descriptor of the protocol, so that no grandchild keeps the host waiting.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class WorkerProcess:
     ) -> WorkerProcess:
         """Start ``python -m module PARENT_PID args…``; returns at once, the worker says ``ready`` later.
 
-        Call it on the event loop's thread, which must be one that lives as long as the service: Linux kills the worker
-        when the thread that started it ends.
+        Call it on the event loop's thread, which must be one that lives as long as the service: Linux kills
+        the worker when the thread that started it ends.
 
         Args:
             on_message: gets each message of the worker, on the loop, in order.
@@ -175,7 +175,8 @@ class WorkerProcess:
             self.kill()
 
     def _signal(self, number: int) -> None:
-        # The lock keeps the id from being reaped, and so from being another process's, between look and signal.
+        # The lock keeps the id from being reaped, and so from being another process's, between look and
+        # signal.
         with self._signalling:
             if not self._reaped:
                 _signal_group(self.pid, number)
@@ -205,14 +206,16 @@ class WorkerProcess:
         self._on_exit(self.exit_reason)
 
     def _drain(self) -> None:
-        """Hand over what the worker managed to write before its end; a grandchild's open end is not waited for."""
+        """Hand over what the worker managed to write before its end; a grandchild's open end is not waited
+        for."""
         with contextlib.suppress(OSError):
             while data := os.read(self._fd_out, _READ_BYTES):
                 self._feed(data)
 
 
 def kill_all() -> None:
-    """Kill every worker of this process with its group, at once. From any thread; the last thing before an exit."""
+    """Kill every worker of this process with its group, at once. From any thread; the last thing before an
+    exit."""
     for worker in list(_live):
         worker.kill()
 
@@ -226,7 +229,8 @@ def _start(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], int, int]:
     """Start `command` with pipes as its stdin and stdout; returns it with our (read, write) ends."""
     child_in, our_out = os.pipe()
     our_in, child_out = os.pipe()
-    # The worker finds this package wherever the service found it, and nothing that lies in the host's directory.
+    # The worker finds this package wherever the service found it, and nothing that lies in the host's
+    # directory.
     inherited = os.environ.get("PYTHONPATH")
     path = f"{_PACKAGE_ROOT}{os.pathsep}{inherited}" if inherited else _PACKAGE_ROOT
     try:

@@ -6,7 +6,10 @@ defmodule DemandPort.Test.Json do
   @spec decode!(binary) :: term
   def decode!(text) do
     {value, rest} = text |> skip() |> value()
-    if skip(rest) != "", do: raise(ArgumentError, "text after the value: #{inspect(String.slice(rest, 0, 20))}")
+
+    if skip(rest) != "",
+      do: raise(ArgumentError, "text after the value: #{inspect(String.slice(rest, 0, 20))}")
+
     value
   end
 

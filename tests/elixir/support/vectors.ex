@@ -27,22 +27,22 @@ defmodule DemandPort.Test.Vectors do
   def bytes(hex), do: Base.decode16!(hex, case: :mixed)
 
   @doc "Whether a message is what a pattern describes."
-  def match?(%{"$any" => true}, _value), do: true
+  def fits?(%{"$any" => true}, _value), do: true
 
-  def match?(%{"$subset" => keys}, value) when is_map(value) do
-    Enum.all?(keys, fn {key, pattern} -> is_map_key(value, key) and match?(pattern, value[key]) end)
+  def fits?(%{"$subset" => keys}, value) when is_map(value) do
+    Enum.all?(keys, fn {key, pattern} -> is_map_key(value, key) and fits?(pattern, value[key]) end)
   end
 
-  def match?(%{"$subset" => _}, _value), do: false
-  def match?(%{"$" => _} = described, value), do: term(described) === value
+  def fits?(%{"$subset" => _}, _value), do: false
+  def fits?(%{"$" => _} = described, value), do: term(described) === value
 
-  def match?(%{} = pattern, value) when is_map(value) do
-    Map.keys(pattern) == Map.keys(value) and match?(%{"$subset" => pattern}, value)
+  def fits?(%{} = pattern, value) when is_map(value) do
+    Map.keys(pattern) == Map.keys(value) and fits?(%{"$subset" => pattern}, value)
   end
 
-  def match?(pattern, value) when is_list(pattern) and is_list(value) do
-    length(pattern) == length(value) and Enum.zip(pattern, value) |> Enum.all?(fn {p, v} -> match?(p, v) end)
+  def fits?(pattern, value) when is_list(pattern) and is_list(value) do
+    length(pattern) == length(value) and Enum.zip(pattern, value) |> Enum.all?(fn {p, v} -> fits?(p, v) end)
   end
 
-  def match?(pattern, value), do: pattern === value
+  def fits?(pattern, value), do: pattern === value
 end

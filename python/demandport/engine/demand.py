@@ -1,0 +1,96 @@
+"""A demand: one request to evaluate a node, from start to its one outcome."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+from demandport.engine.cell import SKIPPED, Cell
+from demandport.errors import DemandportError
+
+
+class Sink(Protocol):
+    """Where a demand's news go. The service writes them to the wire, the command line to the terminal."""
+
+    def chunk(self, node: str, port: str, value: Any) -> None:
+        """A node streamed something. Never blocks."""
+
+    def full(self) -> bool:
+        """Producers of anything but text should wait."""
+
+    async def room(self) -> None:
+        """Return once `full` may have become false."""
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Something happened; only for demands that asked for events."""
+
+    def complete(self, outputs: dict[str, Any], meta: dict[str, Any]) -> None:
+        """The one terminal: it went well."""
+
+    def error(self, error: DemandportError, meta: dict[str, Any]) -> None:
+        """The one terminal: it did not."""
+
+
+class Demand:
+    """What the engine knows of one demand.
+
+    Attributes:
+        cell: the demanded node as it stood when the demand was made.
+        deadline: on the clock of `time.monotonic`, or None.
+        ran, cached: nodes evaluated for it, and results taken from the cache.
+    """
+
+    __slots__ = ("_on_end", "_seq", "cached", "cell", "deadline", "ended", "events", "listening", "ran", "sink", "started", "usage")
+
+    def __init__(self, cell: Cell, sink: Sink, on_end: Any, deadline: float | None = None, events: bool = False) -> None:
+        self.cell = cell
+        self.sink = sink
+        self.deadline = deadline
+        self.events = events
+        self.started = time.monotonic()
+        self.ended = False
+        self.listening: list[Cell] = []
+        self.ran = 0
+        self.cached = 0
+        self.usage: dict[str, Any] | None = None
+        self._on_end = on_end
+        self._seq = 0
+
+    def complete(self, cell: Cell) -> None:
+        """End with the outcome of `cell`."""
+        if self._end():
+            self.sink.complete(dict(cell.outputs), self._meta(skipped=cell.state == SKIPPED))
+
+    def fail(self, error: DemandportError) -> None:
+        """End with an error."""
+        if self._end():
+            self.sink.error(error, self._meta())
+
+    def event(self, event: str, node: str, fields: dict[str, Any] | None = None) -> None:
+        """Report an event, if the demand asked for them."""
+        if self.events and not self.ended:
+            at = {"event": event, "node": node, "seq": self._seq, "time_us": time.time_ns() // 1000}
+            self._seq += 1
+            self.sink.event({**(fields or {}), **at})
+
+    def _end(self) -> bool:
+        if self.ended:
+            return False
+        self.ended = True
+        for cell in self.listening:
+            cell.listeners.pop(self, None)
+        self.listening.clear()
+        self._on_end(self)
+        return True
+
+    def _meta(self, skipped: bool = False) -> dict[str, Any]:
+        meta: dict[str, Any] = {
+            "duration_us": int((time.monotonic() - self.started) * 1e6),
+            "ran": self.ran,
+            "cached": self.cached,
+        }
+        if skipped:
+            meta["skipped"] = True
+        if self.usage:
+            meta["usage"] = self.usage
+        return meta

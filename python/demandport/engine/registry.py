@@ -1,0 +1,41 @@
+"""All node types that this process can run: the built-in ones, and those of installed packages.
+
+A package registers its nodes by an entry point of the group ``demandport.nodes`` that names a module; importing the module
+declares them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import logging
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+
+from demandport.engine.node import DECLARED
+from demandport.graph.spec import NodeSpec
+
+GROUP = "demandport.nodes"
+log = logging.getLogger(__name__)
+
+
+def load_specs(modules: Iterable[str]) -> dict[str, NodeSpec]:
+    """Import `modules` and the installed packages' entry points; returns every node type declared by then.
+
+    A package whose module fails to import is logged and left out: it must not keep the service from starting.
+    """
+    for module in modules:
+        importlib.import_module(module)
+    for entry in entry_points(group=GROUP):
+        try:
+            entry.load()
+        except Exception:
+            log.exception("the node package %r could not be loaded", entry.name)
+    return dict(DECLARED)
+
+
+def hash_of(specs: dict[str, NodeSpec]) -> str:
+    """A short hash that changes when any descriptor does, for hosts that keep them."""
+    text = json.dumps([specs[name].describe() for name in sorted(specs)], default=str, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

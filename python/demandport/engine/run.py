@@ -1,0 +1,173 @@
+"""One execution of one async or thread node: its task, what it streams, and how it is cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from demandport.engine.cell import Cell
+from demandport.engine.node import Context
+from demandport.errors import Cancelled, NodeFailed, from_exception
+from demandport.graph.spec import NodeSpec
+
+if TYPE_CHECKING:
+    from demandport.engine.executor import Executor
+
+#: A producer that never waits for anything lets the loop turn after this many chunks.
+CHUNKS_PER_TURN = 64
+
+
+class Run:
+    """Lends a `Context` what it needs, and keeps what was streamed until the node is done."""
+
+    def __init__(self, executor: Executor, cell: Cell) -> None:
+        self.cell = cell
+        self.resources: Mapping[str, Any] = executor.resources
+        self.cancelled = False
+        self._executor = executor
+        self._scope = anyio.CancelScope()
+        self._streamed: dict[str, list[Any]] = {}
+        self._since_turn = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # ------------------------------------------------------------------------------ for the executor
+
+    async def execute(self, inputs: dict[str, Any]) -> None:
+        """Run the node and report its outcome to the executor."""
+        self._loop = asyncio.get_running_loop()
+        outputs, error = None, None
+        with self._scope:
+            try:
+                outputs = await self._outputs(inputs)
+            except Exception as raised:
+                error = from_exception(raised, node=self.cell.node_id)
+        if outputs is None and error is None:
+            error = Cancelled("the node was cancelled", node=self.cell.node_id)
+        self._executor.run_ended(self, outputs, error)
+
+    def cancel(self) -> None:
+        """Nobody wants the outcome any more. Async nodes are cancelled; threads see `cancelled` and end when they look."""
+        self.cancelled = True
+        self._scope.cancel()
+
+    def catch_up(self) -> Iterator[tuple[str, Any]]:
+        """What was streamed so far, for a demand that joins: text of a port as one chunk."""
+        for port, chunks in self._streamed.items():
+            if all(type(chunk) is str for chunk in chunks):
+                yield port, "".join(chunks)
+            else:
+                yield from ((port, chunk) for chunk in chunks)
+
+    async def _outputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        spec = self.cell.spec
+        context = Context(self.cell.node_id, spec, self)
+        if spec.context is not None:
+            inputs[spec.context] = context
+        returned: Any = None
+        if spec.style == "async_function":
+            returned = await spec.call(**inputs)
+        elif spec.style == "async_generator":
+            async for chunk in spec.call(**inputs):
+                await self.emit(spec.stream, chunk)
+        elif spec.style == "generator":
+            returned = await self._in_thread(lambda: self._iterate(spec.call(**inputs), spec.stream))
+        else:
+            returned = await self._in_thread(lambda: spec.call(**inputs))
+        streamed = {
+            port: "".join(chunks) if all(type(chunk) is str for chunk in chunks) else chunks
+            for port, chunks in self._streamed.items()
+        }
+        if spec.style.endswith("generator"):
+            streamed.setdefault(spec.stream, "" if spec.outputs[spec.stream].type == "string" else [])
+            if not isinstance(returned, dict):
+                returned = None
+            return normalised(spec, None, streamed | (returned or {}) | context.extra)
+        if returned is None and streamed:
+            return normalised(spec, None, streamed | context.extra)
+        return normalised(spec, returned, context.extra)
+
+    async def _in_thread(self, function: Any) -> Any:
+        return await asyncio.wrap_future(self._executor.threads.submit(function))
+
+    def _iterate(self, generator: Any, port: str) -> Any:
+        while True:
+            try:
+                chunk = next(generator)
+            except StopIteration as end:
+                return end.value
+            self.emit_from_thread(port, chunk)
+
+    # -------------------------------------------------------------------------------- for the context
+
+    async def emit(self, port: str, chunk: Any) -> None:
+        self._push(port, chunk)
+        if type(chunk) is not str:
+            for demand in list(self.cell.listeners):
+                while demand.sink.full() and not demand.ended:
+                    await demand.sink.room()
+        self._since_turn += 1
+        if self._since_turn >= CHUNKS_PER_TURN:
+            self._since_turn = 0
+            await asyncio.sleep(0)
+
+    def emit_from_thread(self, port: str, chunk: Any) -> None:
+        if self.cancelled:
+            raise Cancelled("nobody wants this node any more")
+        assert self._loop is not None
+        asyncio.run_coroutine_threadsafe(self.emit(port, chunk), self._loop).result()
+
+    def event(self, event: str, fields: dict[str, Any]) -> None:
+        loop = self._loop
+        if loop is None or loop is asyncio._get_running_loop():
+            self._tell(event, fields)
+        else:
+            loop.call_soon_threadsafe(self._tell, event, fields)
+
+    async def wait_input(self, port: str) -> Any:
+        key = (self.cell.node_id, port)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        waiting = self.cell.owner.waiting_inputs
+        waiting.setdefault(key, []).append(future)
+        try:
+            return await future
+        finally:
+            waiting[key].remove(future)
+            if not waiting[key]:
+                del waiting[key]
+
+    @property
+    def deadline(self) -> float | None:
+        deadlines = [demand.deadline for demand in self.cell.listeners]
+        return None if not deadlines or None in deadlines else max(deadlines)
+
+    def _push(self, port: str, chunk: Any) -> None:
+        self._streamed.setdefault(port, []).append(chunk)
+        node_id = self.cell.node_id
+        for demand in self.cell.listeners:
+            demand.sink.chunk(node_id, port, chunk)
+
+    def _tell(self, event: str, fields: dict[str, Any]) -> None:
+        if self.cell.run is self or self.cell.run is None:
+            for demand in list(self.cell.listeners):
+                demand.event(event, self.cell.node_id, fields)
+
+
+def normalised(spec: NodeSpec, returned: Any, extra: dict[str, Any] | None) -> dict[str, Any]:
+    """What a node's function returned, as outputs by port."""
+    if spec.single is not None and not (extra and spec.single in extra and returned is None):
+        outputs = {spec.single: returned}
+    elif returned is None:
+        outputs = {}
+    elif isinstance(returned, dict):
+        outputs = dict(returned)
+    else:
+        raise NodeFailed(f"{spec.node_type} has several outputs and must return a dict, not {type(returned).__name__}")
+    if extra:
+        outputs.update(extra)
+    for name in outputs:
+        if name not in spec.outputs:
+            raise NodeFailed(f"{spec.node_type} gave a value for {name!r}; its outputs: {', '.join(spec.outputs)}")
+    return outputs
