@@ -76,7 +76,7 @@ def gone(pid):
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-# ------------------------------------------------------------------------------------------------------- generation
+# ---------------------------------------------------------------------------------------- generation
 
 
 def test_greedy_text_is_always_the_same_and_seeds_repeat():
@@ -154,7 +154,7 @@ def test_a_deadline_that_passes_while_the_worker_hangs():
     with_gateway(body)
 
 
-# ---------------------------------------------------------------------------------------- the scheduler, step by step
+# ------------------------------------------------------------------------- the scheduler, step by step
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_a_harmless_prompt_is_tokenised_as_llama_cpp_would(model):
     assert tokens == model.tokenize(whole, special=True)
 
 
-# ------------------------------------------------------------------------------------------------------ crash and load
+# --------------------------------------------------------------------------------------- crash and load
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -274,7 +274,8 @@ def bad_files(folder):
         "empty": b"", "short": good[:10], "header only": good[:24], "truncated": good[: len(good) // 2],
         "cut in the metadata": good[:300], "text": b"this is no model\n" * 100, "magic": b"GGML" + good[4:],
         "version": good[:4] + b"\x09" + good[5:], "tensor count": good[:8] + b"\xff" * 8 + good[16:],
-        "pair count": good[:16] + b"\xff" * 8 + good[24:], "a few more tensors": good[:8] + b"\x30" + good[9:],
+        "pair count": good[:16] + b"\xff" * 8 + good[24:],
+        "a few more tensors": good[:8] + b"\x30" + good[9:],
         "key length": good[:24] + b"\xff" * 8 + good[32:], "value type": good[:52] + b"\x77" * 4 + good[56:],
     }  # fmt: skip
     for name, data in mutants.items():
@@ -352,7 +353,7 @@ def test_unloading_ends_what_runs():
     with_gateway(body)
 
 
-# ----------------------------------------------------------------------------------------------------- worker process
+# -------------------------------------------------------------------------------------- worker process
 
 
 class Ends:
@@ -479,7 +480,8 @@ async def main():
     gateway = Gateway()
     if sys.argv[1] == "in C":
         asked = asyncio.Event()
-        worker = WorkerProcess.spawn("stray_worker", name="x", on_message=lambda m: m[0] == "sleeping" and asked.set(),
+        worker = WorkerProcess.spawn("stray_worker", name="x",
+                                     on_message=lambda m: m[0] == "sleeping" and asked.set(),
                                      on_exit=print)
         worker.send(["sleep_in_c"])
         await asked.wait()
@@ -520,6 +522,7 @@ def test_the_service_process_never_imports_llama_cpp():
         "    await gateway.load_model(ModelSpec('tiny'))\n"
         "    await gateway.close()\n"
         "asyncio.run(main())\n"
-        "assert not [name for name in sys.modules if name.startswith(('llama_cpp', 'demandport.llama', 'numpy'))]\n"
+        "heavy = ('llama_cpp', 'demandport.llama', 'numpy')\n"
+        "assert not [name for name in sys.modules if name.startswith(heavy)]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=LIMIT_S)

@@ -10,7 +10,8 @@ from demandport.llama.sampling import draw_seed, grammar_text
 WRONG = [
     ("temperature", -0.1), ("temperature", float("nan")), ("temperature", "hot"), ("temperature", True),
     ("top_k", -1), ("top_k", 1.5), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 2),
-    ("repeat_penalty", 0), ("repeat_last_n", -2), ("frequency_penalty", 3), ("presence_penalty", float("inf")),
+    ("repeat_penalty", 0), ("repeat_last_n", -2), ("frequency_penalty", 3),
+    ("presence_penalty", float("inf")),
     ("seed", -1), ("seed", MAX_SEED + 1), ("max_tokens", 0), ("max_tokens", "many"), ("deadline_ms", 0),
     ("stop", [""]), ("stop", [1]), ("stop", {}), ("raw", 1), ("grammar", 5), ("json_schema", "{}"),
     ("system_prompt", 5), ("temprature", 0.5), ("messages", []),

@@ -46,7 +46,7 @@ defmodule DemandPort.Connection do
     @enforce_keys [:port, :protocol, :options]
     # owners:   id => {:call, from} | {:demand, demand, credit, monitor} | :nobody
     # refs:     demand reference => id        monitors: monitor reference => id
-    # held:     payloads to send once the service is ready, newest first; nil when it is
+    # held:     {id, payload} to send once the service is ready, newest first; nil when it is
     # failure:  what open requests and demands are told when the process stops
     defstruct [:port, :protocol, :options, owners: %{}, refs: %{}, monitors: %{}, held: [], failure: nil]
   end
@@ -268,16 +268,28 @@ defmodule DemandPort.Connection do
 
   defp become_ready(state) do
     held = Enum.reverse(state.held)
-    state = %{state | held: nil}
+    Enum.reduce(held, hello(%{state | held: nil}), &send_held/2)
+  end
 
+  defp hello(state) do
     case open(state, &Protocol.hello(&1, @client)) do
       {:ok, id, state} ->
-        Enum.each(held, &command(state, &1))
         own(state, id, :hello)
 
       {:error, error} ->
         warn("hello was not sent: #{Exception.message(error)}")
-        Enum.each(held, &command(state, &1))
+        state
+    end
+  end
+
+  defp send_held({id, payload}, state) do
+    case Protocol.recheck(state.protocol, id, payload) do
+      {:ok, _protocol} ->
+        transmit(state, id, payload)
+
+      {:error, error, protocol} ->
+        {owner, state} = disown(%{state | protocol: protocol}, id)
+        fail(owner, error)
         state
     end
   end
@@ -320,7 +332,7 @@ defmodule DemandPort.Connection do
   defp open(state, build) do
     with :ok <- room(state),
          {:ok, id, payload, protocol} <- build.(state.protocol) do
-      {:ok, id, transmit(%{state | protocol: protocol}, payload)}
+      {:ok, id, transmit(%{state | protocol: protocol}, id, payload)}
     end
   end
 
@@ -337,12 +349,12 @@ defmodule DemandPort.Connection do
     end
   end
 
-  defp transmit(%{held: nil} = state, payload) do
+  defp transmit(%{held: nil} = state, _id, payload) do
     command(state, payload)
     state
   end
 
-  defp transmit(state, payload), do: %{state | held: [payload | state.held]}
+  defp transmit(state, id, payload), do: %{state | held: [{id, payload} | state.held]}
 
   defp command(state, payload) do
     Port.command(state.port, payload)

@@ -125,6 +125,17 @@ defmodule DemandPort.Protocol do
      )}
   end
 
+  @doc """
+  Whether a payload made before `ready` fits what the service then said it accepts; one that does not is closed.
+  """
+  @spec recheck(t, id, binary) :: {:ok, t} | {:error, Error.t(), t}
+  def recheck(protocol, id, payload) do
+    case fitting(payload, protocol.peer_max_frame_bytes) do
+      {:ok, _payload} -> {:ok, protocol}
+      {:error, error} -> {:error, error, close(protocol, id)}
+    end
+  end
+
   defp after_id(@max_id), do: 1
   defp after_id(id), do: id + 1
 

@@ -128,7 +128,7 @@ class Scheduler:
         wanted = request.max_tokens or 1
         if count + wanted > room:
             raise ContextOverflow(
-                f"the prompt of {count} tokens and {wanted} to generate do not fit the context of {room} tokens",
+                f"the prompt of {count} tokens and {wanted} to generate do not fit the {room} of the context",
                 details={"prompt_tokens": count, "max_tokens": wanted, "context_length": room},
             )
         if not count:

@@ -103,7 +103,10 @@ seen = {"credits": [], "cancelled": [], "hello": None}
 def write(data):
     view = memoryview(data)
     while view:
-        view = view[os.write(1, view) :]
+        try:
+            view = view[os.write(1, view) :]
+        except BrokenPipeError:
+            os._exit(0)
 
 
 def frame(payload):

@@ -1,0 +1,3 @@
+from demandport.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,181 @@
+"""Inputs and outputs: values that the host gives, and values as it wants to see them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+from typing import Annotated, Any
+
+from demandport.engine.node import Context, node
+from demandport.errors import MissingInput, TooLarge, TypeMismatch
+from demandport.graph.spec import Port, as_text
+
+MAX_MEDIA_BYTES = 32 * 1024 * 1024
+_IMAGE_TYPES = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"), (b"BM", "image/bmp"))
+_AUDIO_TYPES = ((b"ID3", "audio/mpeg"), (b"\xff\xfb", "audio/mpeg"), (b"OggS", "audio/ogg"), (b"fLaC", "audio/flac"))
+
+
+@node("text-input", runs="inline", category="input", outputs={"text": "string"})
+def text_input(text: str = "") -> str:
+    """A text."""
+    return text
+
+
+@node("number-input", runs="inline", category="input", outputs={"value": "number"})
+def number_input(value: Annotated[Any, Port(type="any")] = 0) -> int | float:
+    """A number; numeric text is read as one, and integers stay integers."""
+    if isinstance(value, bool):
+        raise TypeMismatch("number-input takes a number, not true or false")
+    if isinstance(value, int):
+        return value
+    try:
+        number = _number_of(value)
+    except (TypeError, ValueError):
+        raise TypeMismatch(f"number-input takes a number, not {value!r:.60}") from None
+    if not math.isfinite(number):
+        raise TypeMismatch("number-input takes a finite number")
+    return number
+
+
+def _number_of(value: Any) -> int | float:
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            return float(value)
+    return float(value)
+
+
+@node("boolean-input", runs="inline", category="input", outputs={"value": "boolean"})
+def boolean_input(value: Annotated[Any, Port(type="any")] = False) -> bool:
+    """True or false; the texts "true" and "false" are read as such."""
+    if isinstance(value, bool):
+        return value
+    if value in ("true", "false"):
+        return bool(value == "true")
+    raise TypeMismatch(f"boolean-input takes true or false, not {value!r:.60}")
+
+
+@node("selection-input", runs="inline", category="input", outputs={"value": "any"})
+def selection_input(value: Any = None, options: list[Any] = []) -> Any:  # noqa: B006 - read only
+    """One of `data.options`, each a value or a map with `value`; the first when none is chosen."""
+    values = [option.get("value") if isinstance(option, dict) else option for option in options]
+    if value is None and values:
+        return values[0]
+    if value not in values:
+        raise TypeMismatch(f"selection-input takes one of {values!r:.200}, not {value!r:.60}")
+    return value
+
+
+@node("vector-input", runs="inline", category="input", outputs={"vector": "vector"})
+def vector_input(vector: Annotated[Any, Port(type="any")]) -> list[float]:
+    """A list of finite numbers, or JSON text of one."""
+    if isinstance(vector, str):
+        try:
+            vector = json.loads(vector)
+        except ValueError as failed:
+            raise TypeMismatch(f"vector-input takes a list of numbers, and the text does not parse: {failed}") from None
+    if not isinstance(vector, list) or not all(_is_finite(item) for item in vector):
+        raise TypeMismatch("vector-input takes a list of finite numbers")
+    return vector
+
+
+def _is_finite(item: Any) -> bool:
+    return isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item)
+
+
+@node("masked-text-input", runs="inline", category="input", outputs={"masked_prompt": "json"})
+def masked_text_input(segments: list[Any] = [], text: str = "") -> dict[str, Any]:  # noqa: B006 - read only
+    """Text in segments, `{text, masked}` each."""
+    found = segments or ([{"text": text, "masked": False}] if text else [])
+    for segment in found:
+        if not isinstance(segment, dict) or not isinstance(segment.get("text"), str):
+            raise TypeMismatch("masked-text-input takes segments of {text, masked}")
+    kept = [{"text": segment["text"], "masked": bool(segment.get("masked"))} for segment in found]
+    return {"segments": kept, "text": "".join(segment["text"] for segment in kept)}
+
+
+@node("image-input", runs="inline", category="input", outputs={"image": "image", "bounds": "json"})
+def image_input(image_base64: str, bounds: dict[str, Any] | None = None) -> dict[str, Any]:
+    """An image as base64 or data URL; its media type is read from its first bytes."""
+    found = _media(image_base64, _IMAGE_TYPES, "image")
+    return {"image": found, "bounds": bounds}
+
+
+@node("audio-input", runs="inline", category="input", outputs={"audio": "audio"})
+def audio_input(audio_data: str) -> dict[str, Any]:
+    """Audio as base64 or data URL; its media type is read from its first bytes."""
+    return _media(audio_data, _AUDIO_TYPES, "audio")
+
+
+def _media(text: str, types: tuple[tuple[bytes, str], ...], kind: str) -> dict[str, Any]:
+    header, _, body = text.rpartition(",") if text.startswith("data:") else ("", "", text)
+    if len(body) > MAX_MEDIA_BYTES * 4 // 3 + 4:
+        raise TooLarge(f"{kind} data is over {MAX_MEDIA_BYTES} bytes")
+    try:
+        data = base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError):
+        raise TypeMismatch(f"{kind} data must be base64 or a data URL") from None
+    media_type = next((name for magic, name in types if data.startswith(magic)), None)
+    if data[:4] == b"RIFF" and data[8:12] in (b"WEBP", b"WAVE"):
+        media_type = "image/webp" if data[8:12] == b"WEBP" else "audio/wav"
+    if media_type is None or not media_type.startswith(kind):
+        claimed = header[5:].partition(";")[0]
+        raise TypeMismatch(f"this is no {kind} of a known type" + (f", though it claims {claimed}" if claimed else ""))
+    return {"base64": body, "media_type": media_type, "bytes": len(data)}
+
+
+@node("linked-input", runs="inline", category="input", outputs={"value": "any"})
+def linked_input(value: Any = None, linked_value: Any = None) -> Any:
+    """A value linked from another element."""
+    return linked_value if value is None else value
+
+
+@node("human-input", category="input", outputs={"value": "any"})
+async def human_input(
+    ctx: Context, prompt: str = "", default: Any = None, auto_accept: bool = False, user_response: Any = None
+) -> Any:
+    """Waits for a person: sends `waiting_for_input`, and goes on when `user_response` is set."""
+    if user_response is not None:
+        return user_response
+    if auto_accept:
+        if default is None:
+            raise MissingInput("auto_accept needs a default")
+        return default
+    ctx.event("waiting_for_input", prompt=prompt, default=default)
+    return await ctx.wait_input("user_response")
+
+
+@node("text-output", runs="inline", category="output", outputs={"text": "string"})
+def text_output(text: Any = None, stream: Any = None) -> str:
+    """Shows any value as text; maps and lists as JSON."""
+    shown = stream if text is None else text
+    return "" if shown is None else as_text(shown)
+
+
+@node("vector-output", runs="inline", category="output", outputs={"vector": "vector"})
+def vector_output(vector: Annotated[Any, Port(type="vector")]) -> Any:
+    """Shows a vector."""
+    return vector
+
+
+@node("image-output", runs="inline", category="output", outputs={"image": "image"})
+def image_output(image: Annotated[Any, Port(type="image")]) -> Any:
+    """Shows an image."""
+    return image
+
+
+@node("audio-output", runs="inline", category="output", outputs={"audio": "audio"})
+def audio_output(audio: Annotated[Any, Port(type="audio")]) -> Any:
+    """Shows audio."""
+    return audio
+
+
+@node("component-preview", runs="inline", category="output", outputs={"rendered": "component"})
+def component_preview(
+    component: Annotated[Any, Port(type="any")], props: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A component with its properties, for the host to render."""
+    return {"component": component, "props": props or {}}

@@ -1,0 +1,166 @@
+"""The life of the service process: claim the pipes, build the house, run the loop, take everything down.
+
+However it ends, it ends with `os._exit`: a node that blocks in a thread, or a library's exit handler, must not keep a
+process alive whose host is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+
+from demandport.engine.executor import Executor
+from demandport.engine.registry import load_specs
+from demandport.errors import Internal
+from demandport.inference.gateway import Gateway
+from demandport.nodes import BUILT_IN
+from demandport.pipes import Reader, Writer, watch_end
+from demandport.service.router import Service
+from demandport.wire.codec import codec_named
+from demandport.wire.connection import Connection
+from demandport.wire.framing import MAX_FRAME_BYTES, frame
+from demandport.wire.outbox import Outbox
+from demandport.workers.process import kill_all
+
+log = logging.getLogger(__name__)
+
+#: After the end of input, what is left to do (answering what was read, stopping workers) may take this long.
+GRACE_S = 1.0
+#: The thread that sees the end of input even while the loop is held up ends the process after this long.
+HARD_END_S = 1.8
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How the service is run.
+
+    Attributes:
+        codec: ``msgpack`` or ``etf``.
+        max_frame_bytes: largest frame accepted.
+        model: what an inference node gets that names no model.
+        files: directory that file nodes may use; None for none.
+        log_level: least level that is sent to the host as `log` messages.
+    """
+
+    codec: str = "msgpack"
+    max_frame_bytes: int = MAX_FRAME_BYTES
+    model: str = "tiny"
+    files: str | None = None
+    log_level: str = "INFO"
+
+
+def serve(fd_in: int, fd_out: int, settings: Settings) -> None:
+    """Serve the host on two pipes until it goes away; does not return."""
+    watch_end(fd_in, _end_for_sure)
+    status = 70
+    try:
+        status = anyio.run(_serve, fd_in, fd_out, settings)
+    except BaseException as fatal:
+        log.critical("the service ends on a bug", exc_info=fatal)
+        _say_goodbye(fd_out, settings, fatal)
+        print(f"demandport: internal error: {fatal!r}", file=sys.stderr, flush=True)
+    finally:
+        kill_all()
+        os._exit(status)
+
+
+async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[int] = loop.create_future()
+
+    def end(status: int) -> None:
+        if not ended.done():
+            ended.set_result(status)
+
+    codec = codec_named(settings.codec)
+    specs = load_specs(BUILT_IN)
+    gateway = Gateway(default_model=settings.model, on_log=_log_from_worker)
+    resources: Mapping[str, Any] = {"gateway": gateway, "files_root": settings.files}
+    async with anyio.create_task_group() as tasks:
+        outbox = Outbox(codec)
+        writer = Writer(loop, fd_out, lambda: end(0), refill=lambda: service.refill())
+        reader = Reader(loop, fd_in, lambda data: service.receive(data), lambda: end(0))
+        service = Service(
+            Connection(codec, settings.max_frame_bytes),
+            outbox,
+            writer,
+            Executor(tasks, resources),
+            gateway,
+            specs,
+            tasks,
+            {"max_frame_bytes": settings.max_frame_bytes},
+            end,
+            lambda pause: reader.pause() if pause else reader.start(),
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, end, 0)
+        service.ready(codec.name)
+        _log_to(service, loop, settings.log_level)
+        reader.start()
+        status = await ended
+        reader.pause()
+        gateway.kill()
+        writer.flush_blocking(GRACE_S)
+        # Deliver first, then take down: nothing below can cost the host an answer.
+        os._exit(status)
+    raise AssertionError("the task group ended before the service did")
+
+
+def _end_for_sure() -> None:
+    """On the watching thread: the host is gone, so the process will be, whatever the loop is doing."""
+    time.sleep(HARD_END_S)
+    kill_all()
+    os._exit(0)
+
+
+def _say_goodbye(fd_out: int, settings: Settings, fatal: BaseException) -> None:
+    try:
+        os.set_blocking(fd_out, False)
+        payload = codec_named(settings.codec).encode(["goodbye", Internal(f"{type(fatal).__name__}: {fatal}").to_wire()])
+        os.write(fd_out, frame(payload))
+    except (OSError, ValueError):
+        pass  # the exit status says it too
+
+
+class _WireLog(logging.Handler):
+    """Sends log records to the host; from other threads by way of the loop."""
+
+    def __init__(self, service: Service, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self._service, self._loop, self._thread = service, loop, threading.get_ident()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if threading.get_ident() == self._thread:
+            self._send(record)
+        else:
+            self._loop.call_soon_threadsafe(self._send, record)
+
+    def _send(self, record: logging.LogRecord) -> None:
+        level = {"CRITICAL": "error"}.get(record.levelname, record.levelname.lower())
+        metadata = {str(key): str(value) for key, value in getattr(record, "metadata", {}).items()}
+        if record.exc_info:
+            metadata["traceback"] = logging.Formatter().formatException(record.exc_info)
+        if self._service.has_room():  # a log must not fill the memory of a service whose host does not read
+            self._service.send(["log", level, record.name, record.getMessage(), metadata])
+
+
+def _log_to(service: Service, loop: asyncio.AbstractEventLoop, level: str) -> None:
+    root = logging.getLogger()
+    root.handlers[:] = [_WireLog(service, loop)]
+    root.setLevel(level)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+def _log_from_worker(level: str, logger: str, text: str) -> None:
+    number = logging.getLevelNamesMapping().get(level.upper(), logging.INFO)
+    logging.getLogger(logger).log(number, text)
