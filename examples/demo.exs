@@ -113,7 +113,7 @@ defmodule Demo do
     IO.puts("dirty CPU scheduler use      #{dirty} %")
   end
 
-  # The node's own count: a chunk may hold several tokens.
+  # The node's own count, since a chunk may hold several tokens.
   defp tokens(session) do
     case DemandPort.get_output(session, "llm", "usage") do
       {:ok, %{"completion_tokens" => tokens}} -> tokens
@@ -122,7 +122,7 @@ defmodule Demo do
   end
 
   defp rate(tokens, seconds),
-    do: IO.puts("tokens per second            #{Float.round(tokens / seconds, 1)} (#{tokens} tokens)")
+    do: IO.puts("tokens per second            #{Float.round((tokens - 1) / seconds, 1)} (#{tokens} tokens)")
 
   defp cached(session) do
     heading("the same again")

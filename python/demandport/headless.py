@@ -17,10 +17,11 @@ from demandport.graph.spec import as_text
 from demandport.inference.gateway import Gateway
 from demandport.nodes import BUILT_IN
 
+#: (node, port, value) to set before the demand.
+Inputs = list[tuple[str, str, Any]]
 
-def run(
-    graph: Any, node: str, inputs: list[tuple[str, str, Any]], *, events: bool = False, files: str | None = None
-) -> int:
+
+def run(graph: Any, node: str, inputs: Inputs, *, events: bool = False, files: str | None = None) -> int:
     """Evaluate `node`; what streams goes to stdout as it comes, then the outputs that did not stream.
 
     Args:
@@ -33,27 +34,27 @@ def run(
     return anyio.run(_run, graph, node, inputs, events, files)
 
 
-async def _run(graph: Any, node: str, inputs: list[tuple[str, str, Any]], events: bool, files: str | None) -> int:
+async def _run(graph: Any, node: str, inputs: Inputs, events: bool, files: str | None) -> int:
     gateway = Gateway()
     terminal = _Terminal()
+    status = 1
     try:
         async with anyio.create_task_group() as tasks:
-            session = Session(graph, load_specs(BUILT_IN), Executor(tasks, {"gateway": gateway, "files_root": files}))
-            session.edit([{"op": "set_input", "node": n, "port": port, "value": value} for n, port, value in inputs])
-            session.demand(node, terminal, lambda _: None, events=events)
-            return await terminal.status
-    except DemandportError as wrong:
-        print(f"{wrong.code}: {wrong.message}", file=sys.stderr)
-        return 1
-    except BaseExceptionGroup as group:  # the task group wraps what a refused graph raises
-        wrong, _ = group.split(DemandportError)
-        if wrong is None:
-            raise
-        for error in wrong.exceptions:
-            print(f"{getattr(error, 'code', 'internal')}: {error}", file=sys.stderr)
-        return 1
+            resources = {"gateway": gateway, "files_root": files}
+            status = await _demand(graph, Executor(tasks, resources), node, inputs, terminal, events)
     finally:
         await gateway.close()
+    return status
+
+
+async def _demand(graph: Any, executor: Executor, node: str, inputs: Inputs, terminal: _Terminal, events: bool) -> int:
+    try:
+        session = Session(graph, load_specs(BUILT_IN), executor)
+        session.edit([{"op": "set_input", "node": n, "port": port, "value": value} for n, port, value in inputs])
+        session.demand(node, terminal, lambda _: None, events=events)
+    except DemandportError as refused:
+        terminal.error(refused, {})
+    return await terminal.status
 
 
 class _Terminal:

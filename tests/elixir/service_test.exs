@@ -207,7 +207,7 @@ defmodule DemandPort.ServiceTest do
     end
 
     test "is cancelled in mid-stream, and nothing follows", %{server: server} do
-      {:ok, session} = DemandPort.open(server, llm(4_000))
+      {:ok, session} = DemandPort.open(server, llm(450))
       {:ok, demand} = DemandPort.demand_async(session, "out")
       assert_receive {:node_stream, "llm", _}, 60_000
       DemandPort.cancel(demand)

@@ -116,15 +116,9 @@ def test_limits_stop_strings_and_grammar_are_kept():
 
 def test_requests_at_once_all_get_their_own_text():
     async def body(gateway):
-        alone = [
-            await collect(gateway, prompt=f"Tell me about {what}.", temperature=0)
-            for what in ("dogs", "rain")
-        ]
+        alone = [await collect(gateway, prompt=f"Tell me about {what}.", temperature=0) for what in ("dogs", "rain")]
         both = await asyncio.gather(
-            *(
-                collect(gateway, prompt=f"Tell me about {what}.", temperature=0)
-                for what in ("dogs", "rain") * 5
-            )
+            *(collect(gateway, prompt=f"Tell me about {what}.", temperature=0) for what in ("dogs", "rain") * 5)
         )
         assert [text for text, _ in both] == [text for text, _ in alone] * 5
 
@@ -502,9 +496,7 @@ asyncio.run(main())
 @pytest.mark.parametrize("when", ["loading", "in C", "generating"])
 @pytest.mark.parametrize("first", ["kill", "stop"])
 def test_no_orphan_after_the_service_is_killed(when, first):
-    service = subprocess.Popen(
-        [sys.executable, "-c", SERVICE, when, first], stdout=subprocess.PIPE, text=True
-    )
+    service = subprocess.Popen([sys.executable, "-c", SERVICE, when, first], stdout=subprocess.PIPE, text=True)
     with service:
         try:
             pid = int(service.stdout.readline())

@@ -57,9 +57,7 @@ def test_raw_takes_no_system_prompt():
         GenerateRequest(prompt="x", raw=True, system_prompt="y")
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"model": ""}, {"model": "x", "threads": 0}, {"model": "x", "ctx": 5}]
-)
+@pytest.mark.parametrize("options", [{}, {"model": ""}, {"model": "x", "threads": 0}, {"model": "x", "ctx": 5}])
 def test_a_wrong_spec_is_refused(options):
     with pytest.raises(TypeMismatch):
         ModelSpec.from_options(options)

@@ -102,26 +102,14 @@ HERO_OPENINGS = (
     "Once there was {one} named {n}. {She} was very {adjective} and lived {place}.",
 )
 ASK_OPENINGS = (
-    (
-        "Once upon a time there was {who} named {n}. {She} lived {place}. "
-        "{She} wanted to know everything about {many}."
-    ),
+    ("Once upon a time there was {who} named {n}. {She} lived {place}. {She} wanted to know everything about {many}."),
     '{n} was {who} who lived {place}. One day {she} asked, "What {be} {many}?"',
 )
 EPISODES = (
-    (
-        "One day {n} found {find} on the path. {She} looked at it for a long time. "
-        "Then {she} put it in a safe place."
-    ),
-    (
-        "One morning {n} met {friend}. They talked about the weather and shared some bread. "
-        "Soon they were good friends."
-    ),
+    ("One day {n} found {find} on the path. {She} looked at it for a long time. Then {she} put it in a safe place."),
+    ("One morning {n} met {friend}. They talked about the weather and shared some bread. Soon they were good friends."),
     "{weather} {n} went for a long walk. {She} saw many new things and came home tired but happy.",
-    (
-        "Then a storm came. The wind was strong and the sky was dark. "
-        "{n} stayed inside and waited until it was over."
-    ),
+    ("Then a storm came. The wind was strong and the sky was dark. {n} stayed inside and waited until it was over."),
     "After that {n} came to a wide river. There was no bridge, but {friend} showed {her} a safe way across.",
     (
         "Suddenly {n} heard a strange sound. {She} was afraid, but {she} went to look. "
@@ -136,15 +124,9 @@ EPISODES = (
         "{n} was hungry. {She} looked everywhere and at last found some sweet apples. "
         "{She} gave half of them to {friend}."
     ),
-    (
-        "One evening {n} lost the way. It grew dark and cold. "
-        "Then {she} saw a small light, and it led {her} home."
-    ),
+    ("One evening {n} lost the way. It grew dark and cold. Then {she} saw a small light, and it led {her} home."),
     "On the way {n} stopped to rest under an old tree. {She} closed {her_} eyes and listened to the birds.",
-    (
-        "At the market {n} saw {find}. Nobody knew where it came from. "
-        "{n} asked everyone and found the owner at last."
-    ),
+    ("At the market {n} saw {find}. Nobody knew where it came from. {n} asked everyone and found the owner at last."),
 )
 ENDINGS = (
     "That night {n} slept very well.",
@@ -332,9 +314,7 @@ def nonsense(rng: random.Random, vocabulary: list[str]) -> str:
     """Return a prompt that no subject answers: an unknown question, scrambled words or plain noise."""
 
     def word() -> str:
-        letters = "".join(
-            rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(1, 4))
-        )
+        letters = "".join(rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(1, 4)))
         return letters + rng.choice(("", "n", "x", "r", "q"))
 
     draw = rng.random()
@@ -379,15 +359,11 @@ class Corpus:
             return ask_story(rng, subject, size), story(rng, subject, size), True, None
         if draw < 0.80:
             about = rng.choice((subject.many, a(subject.one))) if subject.counted else subject.many
-            ask = rng.choice(
-                ("Write a sentence about {}.", "Tell me one fact about {}.", "Say something about {}.")
-            )
+            ask = rng.choice(("Write a sentence about {}.", "Tell me one fact about {}.", "Say something about {}."))
             return ask.format(about), subject.sentence(rng.choice(subject.facts)) + ".", True, subject
         if draw < 0.83 and not brief:
             number = rng.randint(2, 4)
-            ask = rng.choice(
-                ("Give me {} facts about {}.", "Tell me {} facts about {}.", "List {} facts about {}.")
-            )
+            ask = rng.choice(("Give me {} facts about {}.", "Tell me {} facts about {}.", "List {} facts about {}."))
             lines = [f"{i}. {subject.pronoun} {fact}." for i, fact in enumerate(subject.facts[:number], 1)]
             lines.insert(0, f"Here are {('two', 'three', 'four')[number - 2]} facts about {subject.many}:")
             return (
@@ -423,11 +399,7 @@ class Corpus:
         begin = rng.choices((BOS, "", BOS + BOS), (0.9, 0.06, 0.04))[0]
         if rng.random() < 0.07:
             subject = rng.choice(self.subjects)
-            text = (
-                story(rng, subject, rng.choice((1, 2, 3)))
-                if rng.random() < 0.7
-                else describe(rng, subject, 4)
-            )
+            text = story(rng, subject, rng.choice((1, 2, 3))) if rng.random() < 0.7 else describe(rng, subject, 4)
             return [(begin, False), (text + EOS, True)]
         pieces: Document = [(begin, False)]
         brief = False
@@ -447,9 +419,7 @@ class Corpus:
                 )
                 new = [fact for fact in subject.facts[1:] if fact not in answer][:2]
                 answer = ". ".join(f"{subject.pronoun} {fact}" for fact in new) + "."
-                answer = (
-                    answer.replace(" ", " also ", 1) if new else f"That is all I know about {subject.many}."
-                )
+                answer = answer.replace(" ", " also ", 1) if new else f"That is all I know about {subject.many}."
                 subject = None
                 # "They also are" would be bad English.
                 answer = answer.replace("also are ", "are also ").replace("also is ", "is also ")

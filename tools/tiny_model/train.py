@@ -173,9 +173,7 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attn_norm, self.ffn_norm = nn.RMSNorm(DIM, EPS), nn.RMSNorm(DIM, EPS)
-        self.attn_q, self.attn_k, self.attn_v, self.attn_output = (
-            nn.Linear(DIM, DIM, bias=False) for _ in range(4)
-        )
+        self.attn_q, self.attn_k, self.attn_v, self.attn_output = (nn.Linear(DIM, DIM, bias=False) for _ in range(4))
         self.ffn_gate, self.ffn_up = nn.Linear(DIM, FEED, bias=False), nn.Linear(DIM, FEED, bias=False)
         self.ffn_down = nn.Linear(FEED, DIM, bias=False)
 
@@ -184,8 +182,7 @@ class Block(nn.Module):
         batch, length, _ = x.shape
         h = self.attn_norm(x)
         q, k, v = (
-            layer(h).view(batch, length, HEADS, -1).transpose(1, 2)
-            for layer in (self.attn_q, self.attn_k, self.attn_v)
+            layer(h).view(batch, length, HEADS, -1).transpose(1, 2) for layer in (self.attn_q, self.attn_k, self.attn_v)
         )
         mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
         x = x + self.attn_output(mixed.transpose(1, 2).reshape(batch, length, DIM))
@@ -298,9 +295,7 @@ def check(path: Path, model: Model, tokenizer: Tokenizer) -> float:
 
 def main() -> None:
     """Parse the command line and run all steps."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the GGUF file to write")
     parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--seed", type=int, default=1)

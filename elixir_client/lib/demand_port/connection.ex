@@ -207,6 +207,12 @@ defmodule DemandPort.Connection do
     close(state.port)
   end
 
+  # Crash reports say how much was open, not what the values and prompts were.
+  @impl true
+  def format_status(_reason, [_dictionary, %State{} = state]) do
+    [port: state.port, starting: state.held != nil, open: map_size(state.owners), failure: state.failure]
+  end
+
   ## Events
 
   defp event({:ready, info}, %{held: nil} = state), do: event({:unexpected, ["ready", info]}, state)

@@ -157,9 +157,7 @@ def _sources(graph: Graph, node_id: str) -> list[str]:
     return [edge.source for edge in graph.incoming.get(node_id, ())]
 
 
-def _fill_constants(
-    cell: Cell, data: Mapping[str, Any], given: Mapping[str, Any] | None, linked: set[str]
-) -> None:
+def _fill_constants(cell: Cell, data: Mapping[str, Any], given: Mapping[str, Any] | None, linked: set[str]) -> None:
     constants = cell.constants
     for name, port in cell.spec.inputs.items():
         if given and name in given:

@@ -40,9 +40,24 @@ class Demand:
         ran, cached: nodes evaluated for it, and results taken from the cache.
     """
 
-    __slots__ = ("_on_end", "_seq", "cached", "cell", "deadline", "ended", "events", "listening", "ran", "sink", "started", "usage")
+    __slots__ = (
+        "_on_end",
+        "_seq",
+        "cached",
+        "cell",
+        "deadline",
+        "ended",
+        "events",
+        "listening",
+        "ran",
+        "sink",
+        "started",
+        "usage",
+    )
 
-    def __init__(self, cell: Cell, sink: Sink, on_end: Any, deadline: float | None = None, events: bool = False) -> None:
+    def __init__(
+        self, cell: Cell, sink: Sink, on_end: Any, deadline: float | None = None, events: bool = False
+    ) -> None:
         self.cell = cell
         self.sink = sink
         self.deadline = deadline

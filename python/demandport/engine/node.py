@@ -87,7 +87,9 @@ class Context:
         import logging
 
         number = logging.getLevelNamesMapping().get(level.upper(), logging.INFO)
-        logging.getLogger(f"node.{self.node_type}").log(number, message, extra={"metadata": {"node": self.node, **metadata}})
+        logging.getLogger(f"node.{self.node_type}").log(
+            number, message, extra={"metadata": {"node": self.node, **metadata}}
+        )
 
     async def wait_input(self, port: str) -> Any:
         """Wait until the host sets this node's input `port` by `set_input`; returns the value."""

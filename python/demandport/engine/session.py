@@ -64,7 +64,13 @@ class Session:
     # ------------------------------------------------------------------------------------------ demands
 
     def demand(
-        self, node_id: str, sink: Sink, on_end: Callable[[Demand], None], *, deadline_ms: int | None = None, events: bool = False
+        self,
+        node_id: str,
+        sink: Sink,
+        on_end: Callable[[Demand], None],
+        *,
+        deadline_ms: int | None = None,
+        events: bool = False,
     ) -> Demand:
         """Evaluate a node of the graph as it stands now. The demand may have ended when this returns.
 
@@ -79,7 +85,9 @@ class Session:
             raise UnknownNode(f"the graph has no node {node_id!r}", node=node_id)
         full = len(self._running) >= self._max_running
         if full and len(self._queued) >= self._max_queued:
-            raise QueueFull(f"the session has {self._max_running} demands running and {self._max_queued} queued; try later")
+            raise QueueFull(
+                f"the session has {self._max_running} demands running and {self._max_queued} queued; try later"
+            )
         cell = self._store.cell(self._graph, node_id)
 
         def ended(demand: Demand) -> None:
@@ -153,7 +161,9 @@ class Session:
             raise UnknownNode(f"the graph has no node {node_id!r}", node=node_id)
         spec = self._specs[node.node_type]
         if port not in spec.outputs:
-            raise UnknownPort(f"{node_id!r} has no output port {port!r}; it has {', '.join(spec.outputs)}", node=node_id)
+            raise UnknownPort(
+                f"{node_id!r} has no output port {port!r}; it has {', '.join(spec.outputs)}", node=node_id
+            )
         cell = self._store.cells.get(node_id)
         if cell is None or cell.state < DONE:
             return {"status": "absent", "value": None}

@@ -102,7 +102,9 @@ def _invalidate(graph: Graph, operation: Operation, place: str, specs: Specs) ->
 def _node_of(graph: Graph, operation: Operation, place: str) -> str:
     node_id = operation.get("node")
     if not isinstance(node_id, str) or node_id not in graph.nodes:
-        raise UnknownNode(f"{place}: the graph has no node {node_id!r}", node=node_id if isinstance(node_id, str) else None)
+        raise UnknownNode(
+            f"{place}: the graph has no node {node_id!r}", node=node_id if isinstance(node_id, str) else None
+        )
     return node_id
 
 

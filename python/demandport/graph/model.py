@@ -64,7 +64,7 @@ class Graph:
             if edge.id in self.edges:
                 self.remove_edge(edge.id)
         for table in (self.incoming, self.outgoing, self.inputs):
-            table.pop(node_id, None)  # type: ignore[attr-defined]
+            table.pop(node_id, None)
         del self.nodes[node_id]
 
     def add_edge(self, edge: Edge) -> None:

@@ -12,6 +12,7 @@ from demandport.errors import TooLarge, TypeMismatch
 FinishReason = Literal["stop", "length"]
 #: Drawing a seed: llama.cpp keeps the largest 32-bit value for "any".
 MAX_SEED = 2**32 - 2
+DEFAULT_MAX_TOKENS = 512
 MAX_GRAMMAR_BYTES = 64 * 1024
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
@@ -80,7 +81,7 @@ class GenerateRequest:
         system_prompt: put before the conversation as a system message; not with `raw`.
         raw: send `prompt` as it stands, without the model's chat template; special tokens in it are read as
             such.
-        max_tokens: most tokens to generate; None: as many as the context holds.
+        max_tokens: most tokens to generate; None: `DEFAULT_MAX_TOKENS`, or fewer when the context holds fewer.
         stop: strings that end the text and are not part of it.
         temperature: 0 is greedy, the most likely token always; up to 10.
         top_k: choose among the k most likely tokens; 0: all.
@@ -232,9 +233,7 @@ def _check_constraint(request: GenerateRequest) -> None:
         if request.json_schema is not None:
             raise _wrong("grammar", "and json_schema exclude each other")
         if len(request.grammar.encode(errors="replace")) > MAX_GRAMMAR_BYTES:
-            raise TooLarge(
-                f"parameter grammar is over {MAX_GRAMMAR_BYTES} bytes", details={"parameter": "grammar"}
-            )
+            raise TooLarge(f"parameter grammar is over {MAX_GRAMMAR_BYTES} bytes", details={"parameter": "grammar"})
     if request.json_schema is not None:
         _require("json_schema", request.json_schema, dict, "a map")
 

@@ -81,9 +81,7 @@ class Gateway:
     async def unload_model(self, model: str) -> bool:
         """Unload a model, however it was loaded; False when it is not loaded. What it runs ends with
         `backend_unavailable`."""
-        found = [
-            key for key, backend in self._backends.items() if model in (backend.spec.model, str(backend.path))
-        ]
+        found = [key for key, backend in self._backends.items() if model in (backend.spec.model, str(backend.path))]
         backends = [self._backends.pop(key) for key in found]
         for backend in backends:
             await backend.close()
@@ -126,9 +124,7 @@ class Gateway:
             backend = self._backends[key] = LlamaCppBackend(replace(spec), path, on_log=self._on_log)
         return backend
 
-    async def _watched(
-        self, backend: LlamaCppBackend, request: GenerateRequest
-    ) -> AsyncGenerator[Event, None]:
+    async def _watched(self, backend: LlamaCppBackend, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """The backend's events; a model that could not be loaded is not kept."""
         events = backend.generate(request)
         try:
@@ -171,9 +167,5 @@ def _describe(backend: LlamaCppBackend) -> dict[str, Any]:
         "in_flight": health.in_flight,
         "os_pid": health.os_pid,
         "restarts": health.restarts,
-        **{
-            name: backend.info[name]
-            for name in ("context_length", "size_bytes", "parameters")
-            if name in backend.info
-        },
+        **{name: backend.info[name] for name in ("context_length", "size_bytes", "parameters") if name in backend.info},
     }

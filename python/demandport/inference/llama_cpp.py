@@ -87,9 +87,7 @@ class LlamaCppBackend:
 
     def health(self) -> BackendHealth:
         """How it stands now."""
-        return BackendHealth(
-            self._state(), self._entered, self._worker.pid if self._worker else None, self.restarts
-        )
+        return BackendHealth(self._state(), self._entered, self._worker.pid if self._worker else None, self.restarts)
 
     def _state(self) -> BackendState:
         if self._closed:
@@ -205,9 +203,7 @@ class LlamaCppBackend:
         self._last_id += 1
         return self._last_id
 
-    def _dispatch(
-        self, worker: WorkerProcess, loading: asyncio.Future[dict[str, Any]], message: Message
-    ) -> None:
+    def _dispatch(self, worker: WorkerProcess, loading: asyncio.Future[dict[str, Any]], message: Message) -> None:
         kind = message[0]
         if kind == "log":
             if self._on_log is not None:
@@ -240,17 +236,13 @@ class LlamaCppBackend:
         if loading.done():
             self.restarts += 1
             self._fail_all(
-                WorkerCrash(
-                    f"the worker of model {self.spec.model} has died: {reason}", details={"reason": reason}
-                )
+                WorkerCrash(f"the worker of model {self.spec.model} has died: {reason}", details={"reason": reason})
             )
         elif any(sign in reason for sign in _FILE_AT_FAULT):
             loading.set_exception(ModelLoadFailed(f"{self.path} brought its worker down: {reason}"))
         else:
             loading.set_exception(
-                WorkerCrash(
-                    f"the worker died while loading {self.spec.model}: {reason}", details={"reason": reason}
-                )
+                WorkerCrash(f"the worker died while loading {self.spec.model}: {reason}", details={"reason": reason})
             )
 
     def _fail_all(self, failed: DemandportError) -> None:
@@ -342,11 +334,7 @@ class _WithinDeadline:
 
 
 def _deadline(request: GenerateRequest) -> float | None:
-    return (
-        None
-        if request.deadline_ms is None
-        else asyncio.get_running_loop().time() + request.deadline_ms / 1000
-    )
+    return None if request.deadline_ms is None else asyncio.get_running_loop().time() + request.deadline_ms / 1000
 
 
 def _remaining(request: GenerateRequest, deadline: float | None) -> GenerateRequest:

@@ -60,9 +60,7 @@ def check_file(path: Path) -> None:
     # A tensor's entry takes over 24 bytes and a pair's over 12: counts that cannot fit are not worth an
     # allocation.
     if tensors * 24 + pairs * 12 > size:
-        raise ModelLoadFailed(
-            f"{path} claims {tensors} tensors and {pairs} pairs, more than its {size} bytes can hold"
-        )
+        raise ModelLoadFailed(f"{path} claims {tensors} tensors and {pairs} pairs, more than its {size} bytes can hold")
 
 
 class _LogRoute:
@@ -158,16 +156,12 @@ class Model:
         if not self._model:
             why = self._route.last_error or "llama.cpp gives no reason"
             raise ModelLoadFailed(f"{self.path} cannot be loaded: {why}")
-        if not llama_cpp.llama_model_has_decoder(self._model) or llama_cpp.llama_model_has_encoder(
-            self._model
-        ):
+        if not llama_cpp.llama_model_has_decoder(self._model) or llama_cpp.llama_model_has_encoder(self._model):
             raise ModelLoadFailed(f"{self.path} is no decoder-only model, so it cannot generate text here")
 
     def _open_context(self, context_length: int | None, threads: int | None, sequences: int) -> None:
         self.training_context = int(llama_cpp.llama_model_n_ctx_train(self._model))
-        wanted = context_length or min(
-            self.training_context or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH
-        )
+        wanted = context_length or min(self.training_context or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH)
         self.threads = threads or self._default_threads()
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = wanted
@@ -371,6 +365,4 @@ def special_pattern(texts: frozenset[str]) -> re.Pattern[str] | None:
     """What finds any of `texts`, the longest first as llama.cpp does; None when there are none."""
     if not texts:
         return None
-    return re.compile(
-        "|".join(re.escape(text) for text in sorted(texts, key=lambda text: (-len(text), text)))
-    )
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=lambda text: (-len(text), text))))

@@ -68,15 +68,11 @@ class PromptBuilder:
         return tokens
 
     def _masks(self, messages: list[dict[str, str]]) -> dict[int, str]:
-        used = {
-            character for message in messages for character in message["content"] if character >= "\U0010f000"
-        }
+        used = {character for message in messages for character in message["content"] if character >= "\U0010f000"}
         free = (chr(code) for code in _PRIVATE if chr(code) not in used)
         masks = {ord(first): private for first, private in zip(self._firsts, free, strict=False)}
         if len(masks) < len(self._firsts):
-            raise TypeMismatch(
-                "the messages hold too many private-use characters to be told from control tokens"
-            )
+            raise TypeMismatch("the messages hold too many private-use characters to be told from control tokens")
         return masks
 
     def _render(self, messages: list[dict[str, str]]) -> str:
@@ -94,9 +90,7 @@ class PromptBuilder:
                     )
                 )
         except TimeoutError:
-            raise TypeMismatch(
-                f"the model's chat template takes over {RENDER_TIMEOUT_S:g} s for them"
-            ) from None
+            raise TypeMismatch(f"the model's chat template takes over {RENDER_TIMEOUT_S:g} s for them") from None
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as failed:
             raise TypeMismatch(f"the model's chat template refuses the messages: {failed}") from None
 
@@ -113,9 +107,7 @@ class PromptBuilder:
 
 
 def _messages(request: GenerateRequest) -> list[dict[str, str]]:
-    messages = (
-        [{"role": "system", "content": request.system_prompt}] if request.system_prompt is not None else []
-    )
+    messages = [{"role": "system", "content": request.system_prompt}] if request.system_prompt is not None else []
     if request.messages is not None:
         return [*messages, *({"role": one["role"], "content": one["content"]} for one in request.messages)]
     return [*messages, {"role": "user", "content": request.prompt or ""}]
@@ -123,9 +115,7 @@ def _messages(request: GenerateRequest) -> list[dict[str, str]]:
 
 def _without_template(request: GenerateRequest) -> str:
     if request.messages is not None or request.system_prompt is not None:
-        raise TypeMismatch(
-            "the model has no chat template: give it a prompt alone, not messages or system_prompt"
-        )
+        raise TypeMismatch("the model has no chat template: give it a prompt alone, not messages or system_prompt")
     return request.prompt or ""
 
 

@@ -50,9 +50,7 @@ def _from_schema(schema: Mapping[str, Any]) -> str:
     except (TypeError, ValueError) as failed:
         raise _refused("json_schema", f"is no JSON: {failed}") from None
     if len(text) > MAX_SCHEMA_BYTES:
-        raise TooLarge(
-            f"parameter json_schema is over {MAX_SCHEMA_BYTES} bytes", details={"parameter": "json_schema"}
-        )
+        raise TooLarge(f"parameter json_schema is over {MAX_SCHEMA_BYTES} bytes", details={"parameter": "json_schema"})
     from llama_cpp.llama_grammar import json_schema_to_gbnf
 
     try:
@@ -74,9 +72,7 @@ def _check_depth(schema: Any) -> None:
         ]
         if not level:
             return
-    raise TooLarge(
-        f"parameter json_schema is nested deeper than {MAX_NESTING}", details={"parameter": "json_schema"}
-    )
+    raise TooLarge(f"parameter json_schema is nested deeper than {MAX_NESTING}", details={"parameter": "json_schema"})
 
 
 def _check_grammar(grammar: str, parameter: str) -> None:
@@ -135,9 +131,7 @@ class Sampler:
         self.handle: Any = chain
         try:
             if grammar is not None:
-                self._add_grammar(
-                    vocabulary, grammar, "grammar" if request.json_schema is None else "json_schema"
-                )
+                self._add_grammar(vocabulary, grammar, "grammar" if request.json_schema is None else "json_schema")
             self._add_penalties(request, tokens, context_length, prompt)
             self._add_choice(request, seed)
         except BaseException:
@@ -161,9 +155,7 @@ class Sampler:
             raise _refused(parameter, "is no valid grammar with a rule named root")
         self._add(made)
 
-    def _add_penalties(
-        self, request: GenerateRequest, tokens: int, context_length: int, prompt: Sequence[int]
-    ) -> None:
+    def _add_penalties(self, request: GenerateRequest, tokens: int, context_length: int, prompt: Sequence[int]) -> None:
         last = context_length if request.repeat_last_n < 0 else request.repeat_last_n
         repeat, frequency, presence = (
             request.repeat_penalty,
@@ -179,9 +171,7 @@ class Sampler:
 
     def _add_choice(self, request: GenerateRequest, seed: int) -> None:
         llama = self._llama
-        if (
-            request.temperature == 0
-        ):  # the most likely token survives top_k, top_p and min_p whatever they are
+        if request.temperature == 0:  # the most likely token survives top_k, top_p and min_p whatever they are
             self._add(llama.llama_sampler_init_greedy())
             return
         if request.top_k > 0:

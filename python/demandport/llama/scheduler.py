@@ -14,7 +14,7 @@ from typing import Any
 import llama_cpp
 
 from demandport.errors import Cancelled, ContextOverflow, DeadlineExceeded, DemandportError, Internal
-from demandport.inference.backend import FinishReason, GenerateRequest
+from demandport.inference.backend import DEFAULT_MAX_TOKENS, FinishReason, GenerateRequest
 from demandport.llama.model import BATCH_TOKENS, Model
 from demandport.llama.prompt import PromptBuilder
 from demandport.llama.sampling import Sampler, draw_seed
@@ -136,7 +136,7 @@ class Scheduler:
                 "the prompt has no tokens",
                 details={"prompt_tokens": 0, "max_tokens": wanted, "context_length": room},
             )
-        sequence.limit = request.max_tokens or room - count
+        sequence.limit = request.max_tokens or min(DEFAULT_MAX_TOKENS, room - count)
         sequence.sampler = Sampler(
             self._model.vocabulary, self._model.tokens, room, request, sequence.seed, sequence.prompt
         )

@@ -65,7 +65,9 @@ def validator(value: Any, schema: Annotated[Any, Port(type="json")] = None, kind
         errors = _against_schema(value, schema)
     elif kind in _KINDS:
         text = as_text(value)
-        errors = [f"longer than {MAX_CHECKED_BYTES} characters"] if len(text) > MAX_CHECKED_BYTES else _KINDS[kind](text)
+        errors = (
+            [f"longer than {MAX_CHECKED_BYTES} characters"] if len(text) > MAX_CHECKED_BYTES else _KINDS[kind](text)
+        )
     else:
         raise TypeMismatch(f"validator wants data.schema, or data.kind as one of {', '.join(_KINDS)}")
     return {"valid": not errors, "errors": errors, "value": value}
@@ -135,7 +137,9 @@ def template(template: str, **variables: Any) -> str:
     def value_of(match: re.Match[str]) -> str:
         name = match[1]
         if name not in variables:
-            raise MissingInput(f"the template names {name!r}, which has no value; there are {', '.join(variables) or 'none'}")
+            raise MissingInput(
+                f"the template names {name!r}, which has no value; there are {', '.join(variables) or 'none'}"
+            )
         return as_text(variables[name])
 
     return _NAME.sub(value_of, template)

@@ -36,7 +36,7 @@ async def llamacpp_inference(
     system_prompt: str | None = None,
     messages: list[Any] | None = None,
     raw: bool = False,
-    max_tokens: int = 512,
+    max_tokens: int | None = None,
     temperature: float = 0.7,
     top_p: float = 0.95,
     top_k: int = 40,
@@ -56,7 +56,7 @@ async def llamacpp_inference(
     """Generates text with a GGUF model in its own worker process, and streams it.
 
     `model_path` is a file, or "tiny" for the model that comes with the package. `inference_settings` gives parameters by
-    name, over those of the ports. Cancel stops the model before its next token.
+    name, over those of the ports. With no `max_tokens` it is 512, or what the context holds. Cancel stops the model before its next token.
     """
     parameters = {name: value for name, value in locals().items() if name in _PARAMETERS and value is not None}
     parameters |= _settings(inference_settings)
@@ -91,5 +91,7 @@ async def llamacpp_inference(
 def _settings(settings: dict[str, Any] | None) -> dict[str, Any]:
     unknown = (settings or {}).keys() - set(_PARAMETERS)
     if unknown:
-        raise TypeMismatch(f"inference_settings has no {', '.join(sorted(unknown))}; there are {', '.join(_PARAMETERS)}")
+        raise TypeMismatch(
+            f"inference_settings has no {', '.join(sorted(unknown))}; there are {', '.join(_PARAMETERS)}"
+        )
     return settings or {}

@@ -126,7 +126,9 @@ def _end_for_sure() -> None:
 def _say_goodbye(fd_out: int, settings: Settings, fatal: BaseException) -> None:
     try:
         os.set_blocking(fd_out, False)
-        payload = codec_named(settings.codec).encode(["goodbye", Internal(f"{type(fatal).__name__}: {fatal}").to_wire()])
+        payload = codec_named(settings.codec).encode(
+            ["goodbye", Internal(f"{type(fatal).__name__}: {fatal}").to_wire()]
+        )
         os.write(fd_out, frame(payload))
     except (OSError, ValueError):
         pass  # the exit status says it too

@@ -246,7 +246,10 @@ def main(mode):
         time.sleep(0.3)
     limits = {"max_frame_bytes": 1 << 20, "part_bytes": PART, "max_open_requests": 2000}
     if mode != "mute":
-        send("ready", {"protocol": 9 if mode == "old" else 1, "codec": "msgpack", "limits": limits, "os_pid": os.getpid()})
+        send(
+            "ready",
+            {"protocol": 9 if mode == "old" else 1, "codec": "msgpack", "limits": limits, "os_pid": os.getpid()},
+        )
     if mode == "log":
         for level in ("debug", "info", "warning", "error", "odd-level"):
             send("log", level, "fake.logger", f"a line of {level}", {"n": 1})
