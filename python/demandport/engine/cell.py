@@ -1,8 +1,8 @@
 """Cells: one version of one node each, with links to the cells it reads and, once it ran, its outputs.
 
-A cell never changes what it reads. An edit takes the cells of the changed node and of everything downstream out of the
-store; the next demand builds new ones. So the cells a demand holds are its snapshot of the graph, the cached result of a
-node is the outcome in its cell, and single flight is that there is one cell for all who want it.
+A cell never changes what it reads. An edit takes the cells of the changed node and of everything downstream out of
+the store; the next demand builds new ones. So the cells a demand holds are its snapshot of the graph, the cached result
+of a node is the outcome in its cell, and single flight is that there is one cell for all who want it.
 """
 
 from __future__ import annotations

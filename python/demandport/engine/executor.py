@@ -1,8 +1,8 @@
 """Evaluates cells: what a demand needs, each once, in parallel where it can be, with no recursion.
 
-A cell that is wanted waits for the cells it reads, is run when the last of them is there, and tells its dependents. Inline
-nodes run at once, one after the other; async nodes and threads run as tasks of one task group. A cell that nobody
-wants any more is let go, and so is what only it wanted.
+A cell that is wanted waits for the cells it reads, is run when the last of them is there, and tells its dependents.
+Inline nodes run at once, one after the other; async nodes and threads run as tasks of one task group. A cell that
+nobody wants any more is let go, and so is what only it wanted.
 """
 
 from __future__ import annotations

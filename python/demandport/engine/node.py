@@ -125,11 +125,11 @@ def node(
 
     Args:
         node_type: the name that graphs use.
-        runs: ``inline`` (pure and fast; in the event loop itself), ``async``, or ``thread`` (may block). Default: ``async``
-            for async functions, else ``thread``.
+        runs: ``inline`` (pure and fast; in the event loop itself), ``async``, or ``thread`` (may block). Default:
+            ``async`` for async functions, else ``thread``.
         category: for palettes. description: default is the first line of the docstring.
-        outputs: port name → port type or `Port`. Default: one port ``output`` typed by the return hint. With one port, the
-            function returns its value; with several, a dict by port.
+        outputs: port name → port type or `Port`. Default: one port ``output`` typed by the return hint. With one port,
+            the function returns its value; with several, a dict by port.
         stream: output port that yielded chunks go to; default the first.
         branches: some output ports may be left out; what hangs on them is then skipped.
 

@@ -1,7 +1,7 @@
 """All node types that this process can run: the built-in ones, and those of installed packages.
 
-A package registers its nodes by an entry point of the group ``demandport.nodes`` that names a module; importing the module
-declares them.
+A package registers its nodes by an entry point of the group ``demandport.nodes`` that names a module; importing the
+module declares them.
 """
 
 from __future__ import annotations

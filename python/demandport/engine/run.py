@@ -49,7 +49,7 @@ class Run:
         self._executor.run_ended(self, outputs, error)
 
     def cancel(self) -> None:
-        """Nobody wants the outcome any more. Async nodes are cancelled; threads see `cancelled` and end when they look."""
+        """Nobody wants the outcome any more. Async nodes are cancelled; threads end when they look."""
         self.cancelled = True
         self._scope.cancel()
 

@@ -1,7 +1,8 @@
 """Every JSON shape of a graph that hosts use, read into one `Graph`.
 
-Accepted: snake_case and camelCase keys; ``position`` as ``[x, y]`` or ``{x, y}``; bare, or wrapped as ``{version, metadata,
-graph}``. The node type is ``node_type`` on the node, else ``data.node_type``, else the id's stem before its last ``-``.
+Accepted: snake_case and camelCase keys; ``position`` as ``[x, y]`` or ``{x, y}``; bare, or wrapped as
+``{version, metadata, graph}``. The node type is ``node_type`` on the node, else ``data.node_type``, else the id's stem
+before its last ``-``.
 """
 
 from __future__ import annotations

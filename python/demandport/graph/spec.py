@@ -10,31 +10,9 @@ from typing import Any
 from demandport.errors import TypeMismatch
 
 PORT_TYPES = frozenset(
-    [
-        "any",
-        "string",
-        "prompt",
-        "number",
-        "integer",
-        "boolean",
-        "json",
-        "image",
-        "audio",
-        "audio_stream",
-        "stream",
-        "document",
-        "vector",
-        "tensor",
-        "embedding",
-        "tools",
-        "component",
-        "model_handle",
-        "embedding_handle",
-        "database_handle",
-        "vector_db",
-        "kv_cache",
-        "audio_samples",
-    ]
+    ("any", "string", "prompt", "number", "integer", "boolean", "json", "image", "audio", "audio_stream", "stream")
+    + ("document", "vector", "tensor", "embedding", "tools", "component", "model_handle", "embedding_handle")
+    + ("database_handle", "vector_db", "kv_cache", "audio_samples")
 )
 _TEXT = frozenset({"string", "prompt"})
 _SAME = ({"string", "prompt"}, {"audio_stream", "stream"}, {"number", "integer"})

@@ -16,7 +16,7 @@ MAX_FILE_BYTES = 32 * 1024 * 1024
 
 @node("read-file", category="data", outputs={"content": "any", "path": "string", "exists": "boolean"})
 def read_file(ctx: Context, path: str, mode: str = "text") -> dict[str, Any]:
-    """Reads a file under the files directory as text, or as bytes with `data.mode` bytes; a missing one is not an error."""
+    """Reads a file under the files directory as text, or as bytes with `data.mode` bytes; a missing one is no error."""
     target = _confined(ctx, path)
     if not target.is_file():
         return {"content": None, "path": path, "exists": False}

@@ -55,8 +55,9 @@ async def llamacpp_inference(
 ) -> dict[str, Any]:
     """Generates text with a GGUF model in its own worker process, and streams it.
 
-    `model_path` is a file, or "tiny" for the model that comes with the package. `inference_settings` gives parameters by
-    name, over those of the ports. With no `max_tokens` it is 512, or what the context holds. Cancel stops the model before its next token.
+    `model_path` is a file, or "tiny" for the model that comes with the package. `inference_settings` gives parameters
+    by name, over those of the ports. With no `max_tokens` it is 512, or what the context holds. Cancel stops the model
+    before its next token.
     """
     parameters = {name: value for name, value in locals().items() if name in _PARAMETERS and value is not None}
     parameters |= _settings(inference_settings)

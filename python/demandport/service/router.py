@@ -125,6 +125,8 @@ class Service:
             elif kind is Refused:
                 self.send(["error", event.id, event.error.to_wire()])
             elif kind is Farewell:
+                if event.id:
+                    self.send(["error", event.id, event.error.to_wire()])
                 self.send(["goodbye", event.error.to_wire()])
                 self._end(event.status)
                 return

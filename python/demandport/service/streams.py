@@ -24,7 +24,7 @@ class Out(Protocol):
 class WireSink:
     """Writes what the engine says of one demand as messages (`demandport.engine.demand.Sink`).
 
-    A terminal follows the last chunk: with text kept for lack of credit it waits, unless the host never gave any credit.
+    A terminal follows the last chunk: with text kept for lack of credit it waits, unless the host never gave any.
     """
 
     def __init__(self, out: Out, message: DemandMessage) -> None:

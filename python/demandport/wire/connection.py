@@ -34,10 +34,14 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Farewell:
-    """The connection is over: say goodbye with `error` and exit with `status`."""
+    """The connection is over: say goodbye with `error` and exit with `status`.
+
+    `id` is that of the request that ended it, which gets its error first; 0 when no request did.
+    """
 
     error: DemandportError
     status: int
+    id: int = 0
 
 
 class Connection:
@@ -99,7 +103,7 @@ class Connection:
                 self._claim(id)
             return parsed
         except UnsupportedProtocol as refused:
-            return Farewell(refused, 65)
+            return Farewell(refused, 65, readable_id(message))
         except DemandportError as refused:
             return Refused(readable_id(message), refused)
 

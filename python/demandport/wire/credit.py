@@ -1,9 +1,9 @@
 """Flow control of one demand's stream, as arithmetic. No I/O.
 
-The policy: a chunk leaves while there is credit and room. Otherwise it is kept: text joins the text already kept for its
-port, so what is kept grows no larger than the output itself; other values are kept one by one, and `full` tells their
-producer to wait. Credit that comes later releases what is kept in the order of arrival. `coalesce` holds text back in
-the same way although there is credit; the first chunk of a port always goes at once.
+The policy: a chunk leaves while there is credit and room. Otherwise it is kept: text joins the text already kept for
+its port, so what is kept grows no larger than the output itself; other values are kept one by one, and `full` tells
+their producer to wait. Credit that comes later releases what is kept in the order of arrival. `coalesce` holds text
+back in the same way although there is credit; the first chunk of a port always goes at once.
 """
 
 from __future__ import annotations

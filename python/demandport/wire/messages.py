@@ -355,12 +355,7 @@ def parse(message: list[Any]) -> Any:
             message = [*message, None]
         else:
             raise BadMessage(f"{kind} has {len(shape)} fields ({', '.join(name for name, _ in shape)}), not {given}")
-    position = 0
-    values = []
-    for name, check in shape:
-        position += 1
-        values.append(check(name, message[position]))
-    return cls(*values)
+    return cls(*[check(name, value) for (name, check), value in zip(shape, message[1:], strict=True)])
 
 
 def readable_id(message: list[Any]) -> int:

@@ -1,0 +1,28 @@
+"""Node types of the benchmark; the service finds them by an entry point, as it finds any package's."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from demandport.engine.node import node
+from demandport.graph.spec import Port
+
+
+@node("bench-step", runs="inline")
+def step(value: Any = 0) -> Any:
+    """One more."""
+    return value + 1
+
+
+@node("bench-sum", runs="inline")
+def total(values: Annotated[Any, Port(type="any", multiple=True)]) -> Any:
+    """The sum of all edges."""
+    return sum(values)
+
+
+@node("bench-flood")
+async def flood(count: int = 1000) -> AsyncIterator[int]:
+    """Streams small integers as fast as they are taken."""
+    for number in range(count):
+        yield number & 127
