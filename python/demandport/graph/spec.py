@@ -9,11 +9,13 @@ from typing import Any
 
 from demandport.errors import TypeMismatch
 
-PORT_TYPES = frozenset(
-    ("any", "string", "prompt", "number", "integer", "boolean", "json", "image", "audio", "audio_stream", "stream")
-    + ("document", "vector", "tensor", "embedding", "tools", "component", "model_handle", "embedding_handle")
-    + ("database_handle", "vector_db", "kv_cache", "audio_samples")
-)
+# fmt: off
+PORT_TYPES = frozenset((
+    "any", "string", "prompt", "number", "integer", "boolean", "json", "image", "audio", "audio_stream", "stream",
+    "document", "vector", "tensor", "embedding", "tools", "component", "model_handle", "embedding_handle",
+    "database_handle", "vector_db", "kv_cache", "audio_samples",
+))
+# fmt: on
 _TEXT = frozenset({"string", "prompt"})
 _SAME = ({"string", "prompt"}, {"audio_stream", "stream"}, {"number", "integer"})
 _AS_TEXT = frozenset({"json", "number", "integer", "boolean"})
