@@ -132,6 +132,8 @@ defmodule Bench.Raw do
     receive do
       {^port, {:data, <<0x96, 0xAB, "node_stream", _::binary>>}} -> chunks(port, count + 1)
       {^port, {:data, <<0x95, 0xAF, "demand_complete", _::binary>>}} -> count
+      # The service's terminal holds all that was streamed, and so travels in parts.
+      {^port, {:data, <<0x94, 0xA4, "part", _::binary>>}} -> count
     after
       20_000 -> raise "the stream stopped at #{count}"
     end
@@ -287,6 +289,7 @@ defmodule Bench.Main do
       DemandPort.start_link(
         name: :"bench_#{which}",
         python: System.fetch_env!("PYTHON"),
+        python_path: System.fetch_env!("SOURCE"),
         args: Bench.command(which)
       )
 

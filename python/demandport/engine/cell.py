@@ -103,18 +103,16 @@ class CellStore:
         found = self.cells.get(node_id)
         if found is not None:
             return found
-        cells, stack = self.cells, [node_id]
+        cells, incoming, stack = self.cells, graph.incoming, [node_id]
         while stack:
             top = stack[-1]
-            if top in cells:
-                stack.pop()
-                continue
-            unbuilt = [source for source in _sources(graph, top) if source not in cells]
-            if unbuilt:
-                stack.extend(unbuilt)
-            else:
+            if top not in cells:
+                depth = len(stack)
+                stack.extend(edge.source for edge in incoming.get(top, ()) if edge.source not in cells)
+                if len(stack) > depth:
+                    continue
                 cells[top] = self._build(graph, top)
-                stack.pop()
+            stack.pop()
         return cells[node_id]
 
     def _build(self, graph: Graph, node_id: str) -> Cell:
@@ -126,35 +124,24 @@ class CellStore:
             return cell
         cell = Cell(node_id, spec, self)
         given = graph.inputs.get(node_id)
-        linked = self._link(graph, cell, given)
+        linked: set[str] = set()
+        for edge in graph.incoming.get(node_id, ()):
+            self._link(cell, edge, given, linked)
         try:
             _fill_constants(cell, node.data, given, linked)
         except DemandportError as broken:
             cell.broken = broken.at(node_id)
         return cell
 
-    def _link(self, graph: Graph, cell: Cell, given: Mapping[str, Any] | None) -> set[str]:
-        linked = set()
-        for edge in graph.incoming.get(cell.node_id, ()):
-            link = self._link_of(edge, cell)
-            if link is None or (given and link.port in given):
-                continue
-            cell.links.append(link)
-            linked.add(link.port)
-            if link.source.gated or link.source.spec.branches:
-                cell.gated = True
-        return linked
-
-    def _link_of(self, edge: Edge, cell: Cell) -> Link | None:
+    def _link(self, cell: Cell, edge: Edge, given: Mapping[str, Any] | None, linked: set[str]) -> None:
         source = self.cells[edge.source]
         out, port = source_port(source.spec, edge.source_handle), target_port(cell.spec, edge.target_handle)
-        if out is None or port is None:
-            return None
-        return Link(port.name, source, out.name, converter(port.type), port.multiple)
-
-
-def _sources(graph: Graph, node_id: str) -> list[str]:
-    return [edge.source for edge in graph.incoming.get(node_id, ())]
+        if out is None or port is None or (given and port.name in given):
+            return
+        linked.add(port.name)
+        cell.links.append(Link(port.name, source, out.name, converter(port.type), port.multiple))
+        if source.gated or source.spec.branches:
+            cell.gated = True
 
 
 def _fill_constants(cell: Cell, data: Mapping[str, Any], given: Mapping[str, Any] | None, linked: set[str]) -> None:

@@ -7,6 +7,7 @@ process alive whose host is gone.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -106,6 +107,10 @@ async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
             loop.add_signal_handler(number, end, 0)
         service.ready(codec.name)
         _log_to(service, loop, settings.log_level)
+        # What start-up made lives as long as the process; and cells come by the thousand, which the default threshold
+        # would answer with a collection every few hundred of them.
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
         reader.start()
         status = await ended
         reader.pause()
