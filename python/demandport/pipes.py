@@ -159,6 +159,7 @@ class Writer:
         self._rest = memoryview(b"")
         self._scheduled = False
         self._waiting = False
+        self._corked = False
         self._closed = False
         self.pending_bytes = 0
 
@@ -174,7 +175,18 @@ class Writer:
         """Have the pipe written to at the end of this turn of the loop, e.g. since `refill` has something now."""
         if not self._scheduled and not self._waiting and not self._closed:
             self._scheduled = True
-            self._loop.call_soon(self._flush)
+            if not self._corked:
+                self._loop.call_soon(self._flush)
+
+    def cork(self) -> None:
+        """Hold back until `uncork`: who is about to write many times saves the loop a turn."""
+        self._corked = True
+
+    def uncork(self) -> None:
+        """Write what was held back, now."""
+        self._corked = False
+        if self._scheduled:
+            self._flush()
 
     def close(self) -> None:
         """Drop what is queued and close the descriptor."""

@@ -15,6 +15,8 @@ from demandport.graph.model import Edge, Graph
 from demandport.graph.spec import Convert, NodeSpec, converter
 from demandport.graph.validation import source_port, target_port
 
+#: Shared by all cells that have no outputs yet; never written to.
+_NOTHING: dict[str, Any] = {}
 IDLE, WAITING, RUNNING, DONE, SKIPPED = range(5)
 
 
@@ -66,7 +68,7 @@ class Cell:
         self.owner = owner
         self.constants: dict[str, Any] = {}
         self.links: list[Link] = []
-        self.outputs: dict[str, Any] = {}
+        self.outputs: dict[str, Any] = _NOTHING
         self.state = IDLE
         self.missing = 0
         self.dependents: dict[Any, None] = {}
@@ -77,11 +79,44 @@ class Cell:
         self.opened = False
 
 
+class _Form:
+    """What every cell of one node type starts from, looked up once.
+
+    Attributes:
+        defaults: values of the ports that have one. required: names of the ports that have none.
+        sources, targets: memo of ports by handle.
+    """
+
+    __slots__ = ("defaults", "required", "sources", "spec", "targets")
+
+    def __init__(self, spec: NodeSpec) -> None:
+        self.spec = spec
+        self.defaults = {name: port.default for name, port in spec.inputs.items() if not port.required}
+        self.required = [name for name, port in spec.inputs.items() if port.required]
+        self.sources: dict[str, str | None] = {}
+        self.targets: dict[str, tuple[str, Convert | None, bool] | None] = {}
+
+    def source(self, handle: str) -> str | None:
+        """Name of the output port that an edge's handle means."""
+        if handle not in self.sources:
+            port = source_port(self.spec, handle)
+            self.sources[handle] = port.name if port else None
+        return self.sources[handle]
+
+    def target(self, handle: str) -> tuple[str, Convert | None, bool] | None:
+        """Name, conversion and multiplicity of the input port that an edge's handle means."""
+        if handle not in self.targets:
+            port = target_port(self.spec, handle)
+            self.targets[handle] = (port.name, converter(port.type), port.multiple) if port else None
+        return self.targets[handle]
+
+
 class CellStore:
     """The current cells of one session's graph. A cell is there only when all cells that it reads are."""
 
     def __init__(self, specs: Mapping[str, NodeSpec]) -> None:
         self._specs = specs
+        self._forms: dict[str, _Form] = {}
         self.cells: dict[str, Cell] = {}
         #: Runs that wait for a `set_input`, by (node, port).
         self.waiting_inputs: dict[tuple[str, str], list[Any]] = {}
@@ -117,31 +152,51 @@ class CellStore:
 
     def _build(self, graph: Graph, node_id: str) -> Cell:
         node = graph.nodes[node_id]
-        spec = self._specs.get(node.node_type)
-        if spec is None:
-            cell = Cell(node_id, _NOBODY, self)
+        form = self._forms.get(node.node_type) or self._form(node.node_type)
+        cell = Cell(node_id, form.spec, self)
+        if form.spec is _NOBODY:
             cell.broken = UnknownNodeType(f"nobody runs nodes of the type {node.node_type!r}", node=node_id)
             return cell
-        cell = Cell(node_id, spec, self)
         given = graph.inputs.get(node_id)
-        linked: set[str] = set()
-        for edge in graph.incoming.get(node_id, ()):
-            self._link(cell, edge, given, linked)
+        edges = graph.incoming.get(node_id)
+        if edges:
+            self._link(cell, form, edges, given)
+        linked = {link.port for link in cell.links}
         try:
-            _fill_constants(cell, node.data, given, linked)
+            if node.data or given or cell.spec.open_inputs:
+                _fill_constants(cell, node.data, given, linked)
+            else:
+                _fill_defaults(cell, form, linked)
         except DemandportError as broken:
             cell.broken = broken.at(node_id)
         return cell
 
-    def _link(self, cell: Cell, edge: Edge, given: Mapping[str, Any] | None, linked: set[str]) -> None:
-        source = self.cells[edge.source]
-        out, port = source_port(source.spec, edge.source_handle), target_port(cell.spec, edge.target_handle)
-        if out is None or port is None or (given and port.name in given):
-            return
-        linked.add(port.name)
-        cell.links.append(Link(port.name, source, out.name, converter(port.type), port.multiple))
-        if source.gated or source.spec.branches:
-            cell.gated = True
+    def _form(self, node_type: str) -> _Form:
+        form = self._forms[node_type] = _Form(self._specs.get(node_type, _NOBODY))
+        return form
+
+    def _link(self, cell: Cell, form: _Form, edges: list[Edge], given: Mapping[str, Any] | None) -> None:
+        cells, forms = self.cells, self._forms
+        for edge in edges:
+            source = cells[edge.source]
+            spec = source.spec
+            target = form.target(edge.target_handle)
+            out = forms[spec.node_type].source(edge.source_handle) if spec is not _NOBODY else None
+            if target is None or out is None or (given and target[0] in given):
+                continue
+            port, convert, multiple = target
+            cell.links.append(Link(port, source, out, convert, multiple))
+            if source.gated or spec.branches:
+                cell.gated = True
+
+
+def _fill_defaults(cell: Cell, form: _Form, linked: set[str]) -> None:
+    """`_fill_constants` for the many nodes that nobody gave a value."""
+    for name in form.required:
+        if name not in linked:
+            raise _missing(name)
+    if form.defaults:
+        cell.constants = {name: value for name, value in form.defaults.items() if name not in linked}
 
 
 def _fill_constants(cell: Cell, data: Mapping[str, Any], given: Mapping[str, Any] | None, linked: set[str]) -> None:
@@ -154,8 +209,7 @@ def _fill_constants(cell: Cell, data: Mapping[str, Any], given: Mapping[str, Any
         elif name in data:
             constants[name] = _fitted(name, port.type, data[name], port.multiple)
         elif port.required:
-            hint = f"connect it, set it by set_input, or give data.{name}"
-            raise MissingInput(f"the port {name!r} has no value; {hint}")
+            raise _missing(name)
         else:
             constants[name] = port.default
     if cell.spec.open_inputs:
@@ -163,6 +217,10 @@ def _fill_constants(cell: Cell, data: Mapping[str, Any], given: Mapping[str, Any
             for name, value in source.items():
                 if name not in cell.spec.inputs and name not in linked:
                     constants[name] = value
+
+
+def _missing(name: str) -> MissingInput:
+    return MissingInput(f"the port {name!r} has no value; connect it, set it by set_input, or give data.{name}")
 
 
 def _fitted(name: str, type_name: str, value: Any, multiple: bool) -> Any:

@@ -56,13 +56,13 @@ class Demand:
     )
 
     def __init__(
-        self, cell: Cell, sink: Sink, on_end: Any, deadline: float | None = None, events: bool = False
+        self, cell: Cell, sink: Sink, on_end: Any, started: float, deadline: float | None = None, events: bool = False
     ) -> None:
         self.cell = cell
         self.sink = sink
         self.deadline = deadline
         self.events = events
-        self.started = time.monotonic()
+        self.started = started
         self.ended = False
         self.listening: list[Cell] = []
         self.ran = 0

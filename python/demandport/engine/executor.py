@@ -78,8 +78,9 @@ class Executor:
         stack = [demand.cell]
         while stack:
             cell = stack.pop()
-            cell.listeners[demand] = None
-            demand.listening.append(cell)
+            if demand.events or cell.spec.runs != "inline" or cell.spec.context is not None:
+                cell.listeners[demand] = None
+                demand.listening.append(cell)
             if cell.run is not None:
                 for port, text in cell.run.catch_up():
                     demand.sink.chunk(cell.node_id, port, text)

@@ -88,14 +88,15 @@ class Session:
             raise QueueFull(
                 f"the session has {self._max_running} demands running and {self._max_queued} queued; try later"
             )
+        started = time.monotonic()
         cell = self._store.cell(self._graph, node_id)
 
         def ended(demand: Demand) -> None:
             on_end(demand)
             self._ended(demand)
 
-        deadline = None if deadline_ms is None else time.monotonic() + deadline_ms / 1000
-        demand = Demand(cell, sink, ended, deadline, events)
+        deadline = None if deadline_ms is None else started + deadline_ms / 1000
+        demand = Demand(cell, sink, ended, started, deadline, events)
         if deadline_ms is not None:
             loop = asyncio.get_running_loop()
             self._timers[demand] = loop.call_later(deadline_ms / 1000, self._expire, demand, deadline_ms)

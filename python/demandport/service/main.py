@@ -75,6 +75,13 @@ def serve(fd_in: int, fd_out: int, settings: Settings) -> None:
         os._exit(status)
 
 
+def tune_collector() -> None:
+    """Set the garbage collector for cells: they come by the thousand and live long, so that the default threshold makes
+    collections half of the cost of evaluating them. What start-up made is taken out of its sight altogether."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
 async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[int] = loop.create_future()
@@ -107,10 +114,7 @@ async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
             loop.add_signal_handler(number, end, 0)
         service.ready(codec.name)
         _log_to(service, loop, settings.log_level)
-        # What start-up made lives as long as the process; and cells come by the thousand, which the default threshold
-        # would answer with a collection every few hundred of them.
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 20)
+        tune_collector()
         reader.start()
         status = await ended
         reader.pause()

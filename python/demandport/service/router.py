@@ -85,6 +85,7 @@ class Service:
         self._sessions: dict[str, Session] = {}
         self._demands: dict[int, tuple[Session, Demand]] = {}
         self._streams: dict[int, WireSink] = {}
+        self._out = _DemandOut(self)
         self._roomless: deque[asyncio.Future[None]] = deque()
         self._idle: list[asyncio.Future[None]] = []
         self._paused = False
@@ -117,8 +118,18 @@ class Service:
         self.send(["ready", info])
 
     def receive(self, data: bytes) -> None:
-        """Handle every message that `data` completes, in order."""
-        for event in self._connection.receive(data):
+        """Handle every message that `data` completes, in order, and write what comes of them at once."""
+        self._writer.cork()
+        try:
+            self._handle(self._connection.receive(data))
+        finally:
+            self._writer.uncork()
+        if not self._paused and self._unsent() > PAUSE_BYTES:
+            self._paused = True
+            self._pause(True)
+
+    def _handle(self, events: list[Any]) -> None:
+        for event in events:
             kind = type(event)
             if kind is m.Demand:
                 self._demand(event)
@@ -132,9 +143,6 @@ class Service:
                 return
             else:
                 self._request(event)
-        if not self._paused and self._unsent() > PAUSE_BYTES:
-            self._paused = True
-            self._pause(True)
 
     def _request(self, message: Any) -> None:
         id = getattr(message, "id", 0)
@@ -215,7 +223,7 @@ class Service:
         id, options = message.id, message.options
         if id > self._last_demand:
             self._last_demand = id
-        sink = WireSink(_DemandOut(self), message)
+        sink = WireSink(self._out, message)
         self._streams[id] = sink
         try:
             if self._draining:

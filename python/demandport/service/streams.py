@@ -69,7 +69,10 @@ class WireSink:
 
     def complete(self, outputs: dict[str, Any], meta: dict[str, Any]) -> None:
         self._terminal = ["demand_complete", self._node, outputs, self.id, meta]
-        self._flush()
+        if self._window.kept:
+            self._flush()
+        else:
+            self._end()
 
     def error(self, error: DemandportError, meta: dict[str, Any]) -> None:
         self._terminal = ["demand_error", self._node, error.to_wire(), self.id, meta]
@@ -133,6 +136,8 @@ class WireSink:
         self._out.stream_ended(self)
 
     def _wake(self) -> None:
+        if not self._roomless:
+            return
         waiting, self._roomless = self._roomless, []
         for waiter in waiting:
             if not waiter.done():

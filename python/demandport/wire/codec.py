@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import msgpack
 
 from demandport.errors import BadMessage, DemandportError, TypeMismatch
-from demandport.wire.terms import ETF_EXT_TYPE, MAX_DEPTH, ErlangTerm, check_depth
+from demandport.wire.terms import ETF_EXT_TYPE, MAX_DEPTH, ErlangTerm, check_depth, check_travels
 
 Message = list[Any]
 
@@ -48,10 +48,14 @@ class MsgpackCodec:
         self._pack = msgpack.Packer(default=_pack_other, autoreset=True, use_bin_type=True).pack
 
     def encode(self, message: Message) -> bytes:
+        check_travels(message)
         try:
-            return self._pack(message)  # type: ignore[no-any-return]
+            payload: bytes = self._pack(message)
         except (TypeError, ValueError, OverflowError, RecursionError) as failed:
             raise TypeMismatch(f"a value cannot travel over the wire: {failed}") from None
+        if b"\xff" in payload and _may_hold_timestamp(payload) and _holds(message, msgpack.Timestamp):
+            raise TypeMismatch("a msgpack timestamp cannot travel over the wire; give its text or number")
+        return payload
 
     def decode(self, payload: bytes) -> Message:
         size = len(payload)
@@ -68,8 +72,8 @@ class MsgpackCodec:
                 max_ext_len=size,
             )
             # Timestamps never reach the ext hook: find them where their bytes may stand at all.
-            if b"\xff" in payload and _may_hold_timestamp(payload):
-                _refuse_timestamps(message)
+            if b"\xff" in payload and _may_hold_timestamp(payload) and _holds(message, msgpack.Timestamp):
+                raise BadMessage("ext type -1 is not one of the protocol's")
         except DemandportError:
             raise
         except Exception as failed:  # msgpack raises ValueError, OverflowError, RuntimeError, … for bad bytes
@@ -101,22 +105,23 @@ def _may_hold_timestamp(payload: bytes) -> bool:
     return b"\xd6\xff" in payload or b"\xd7\xff" in payload or b"\xc7\x0c\xff" in payload
 
 
-def _refuse_timestamps(message: Any) -> None:
+def _holds(message: Any, cls: type[Any]) -> bool:
     waiting = [message]
     while waiting:
         value = waiting.pop()
-        if isinstance(value, msgpack.Timestamp):
-            raise BadMessage("ext type -1 is not one of the protocol's")
+        if isinstance(value, cls):
+            return True
         if isinstance(value, dict):
             waiting.extend(value.values())
-        elif isinstance(value, list):
+        elif isinstance(value, list | tuple):
             waiting.extend(value)
+    return False
 
 
 def _pack_other(value: Any) -> Any:
-    if isinstance(value, ErlangTerm):
+    if type(value) is ErlangTerm:
         return msgpack.ExtType(ETF_EXT_TYPE, value.etf)
-    if isinstance(value, int):  # over 64 bits
+    if type(value) is int:  # over 64 bits
         import erlang
 
         return msgpack.ExtType(ETF_EXT_TYPE, erlang.term_to_binary(value))
@@ -142,6 +147,7 @@ class EtfCodec:
 
     def encode(self, message: Message) -> bytes:
         tag, *rest = message
+        check_travels(message)
         try:
             term = (self._erlang.OtpErlangAtom(tag), *(self._to_term(value) for value in rest))
             return self._erlang.term_to_binary(term)  # type: ignore[no-any-return]
@@ -179,7 +185,9 @@ class EtfCodec:
             return self._from_binary(term)
         if isinstance(term, erl.OtpErlangAtom):
             text = _atom_text(term)
-            return None if text in ("nil", "undefined") else ErlangTerm(erl.term_to_binary(term))
+            if text in _ATOM_VALUES:
+                return _ATOM_VALUES[text]
+            return ErlangTerm(erl.term_to_binary(term))
         if isinstance(term, bytes):  # STRING_EXT: how Erlang writes a list of small integers
             return list(term)
         if isinstance(term, erl.OtpErlangList):
@@ -239,6 +247,10 @@ class EtfCodec:
 
 def _atom_text(atom: Any) -> str:
     return str(atom.value, "utf-8") if isinstance(atom.value, bytes) else str(atom.value)
+
+
+#: Atoms that stand for a value of the protocol.
+_ATOM_VALUES = {"nil": None, "undefined": None, "nan": math.nan, "infinity": math.inf, "neg_infinity": -math.inf}
 
 
 def _not_finite(value: float) -> str:

@@ -229,9 +229,11 @@ _bytes = _integer(0, 1 << 40)
 def _options(cls: type[Any], checks: dict[str, Check]) -> Check:
     required = {field.name for field in fields(cls) if field.default is MISSING}
 
+    unset = None if required else cls()  # shared: nobody writes to options
+
     def check(name: str, value: Any) -> Any:
-        if not value and not required and (value is None or type(value) is dict):
-            return cls()
+        if not value and unset is not None and (value is None or type(value) is dict):
+            return unset
         values = {key: checks[key](f"{name}.{key}", item) for key, item in _known(name, value, checks)}
         for missing in required - values.keys():
             raise BadMessage(f"{name}.{missing} is missing")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from demandport.errors import BadMessage
+from demandport.errors import BadMessage, TypeMismatch
 
 MAX_DEPTH = 100
 #: msgpack ext type whose body is one External Term Format term.
@@ -34,10 +34,37 @@ def check_depth(value: Any) -> None:
         level = [
             item
             for outer in level
-            if isinstance(outer, (list, dict))
             for item in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(item, (list, dict))
+            if isinstance(item, list | dict)
         ]
         if not level:
             return
     raise BadMessage(f"the message is nested deeper than {MAX_DEPTH}")
+
+
+def check_travels(message: list[Any]) -> None:
+    """Refuse a message that a codec would write but the other side would have to refuse.
+
+    Raises:
+        TypeMismatch: a map key is no string, or something is nested deeper than `MAX_DEPTH`.
+    """
+    level: list[Any] = [message]
+    for _ in range(MAX_DEPTH + 1):
+        below = []
+        for outer in level:
+            items = outer
+            if isinstance(outer, dict):
+                for key in outer:
+                    if not isinstance(key, str):
+                        raise TypeMismatch(f"map keys must be strings to travel, not {type(key).__name__}")
+                items = outer.values()
+            elif type(outer) is not list and hasattr(outer, "code"):  # msgpack's ExtType is a tuple
+                raise TypeMismatch("an ext type of its own cannot travel")
+            below += [item for item in items if isinstance(item, _CONTAINERS)]
+        if not below:
+            return
+        level = below
+    raise TypeMismatch(f"a value nested deeper than {MAX_DEPTH} cannot travel")
+
+
+_CONTAINERS = (list, dict, tuple)
