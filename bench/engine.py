@@ -19,6 +19,7 @@ from demandport.engine.executor import Executor
 from demandport.engine.registry import load_specs
 from demandport.engine.session import Session
 from demandport.nodes import BUILT_IN
+from demandport.service import main as service
 
 NODES = 10_000
 
@@ -90,6 +91,8 @@ async def measure(rounds: int) -> dict[str, float]:
         times.setdefault(name, []).append(seconds / NODES * 1e6)
 
     specs = load_specs(BUILT_IN)
+    # As the service runs: it sets the garbage collector once everything is imported, if it does.
+    getattr(service, "tune_gc", lambda: None)()
     shapes: list[tuple[str, dict[str, Any], str, Callable[[], float]]] = [
         ("chain", chain(), f"n{NODES - 1}", bare_chain),
         ("fan_in", fan_in(), "sum", bare_fan_in),

@@ -108,10 +108,13 @@ class Bench:
     def engine(self) -> None:
         """Cost per node in process."""
         command = [sys.executable, str(BENCH / "engine.py"), "3" if self.quick else "9"]
-        found = json.loads(subprocess.run(command, env=self.env, stdout=subprocess.PIPE, check=True, timeout=300).stdout)
+        found = json.loads(
+            subprocess.run(command, env=self.env, stdout=subprocess.PIPE, check=True, timeout=300).stdout
+        )
         for shape, name in (("chain", "chain of 10,000"), ("fan_in", "fan-in of 10,000")):
             bare = found[f"{shape}_bare"]
-            for step, what, target in (("first", "first demand", 6), ("again", "after set_input", 6), ("open", "open", None)):
+            steps = (("first", "first demand", 6), ("again", "after set_input", 6), ("open", "open", None))
+            for step, what, target in steps:
                 ours = found[f"{shape}_{step}"]
                 passed = None if target is None else ours <= target
                 against, ratio = f"bare loop {bare:.2f} µs", f"{ours / bare:.0f}x"
@@ -151,7 +154,7 @@ class Bench:
 
     def tokens(self) -> None:
         """Tokens per second through port and client, against llama.cpp's calls in one loop."""
-        count, rounds = (256, 3) if self.quick else (400, 15)
+        count, rounds = (256, 7) if self.quick else (400, 25)
         model = SOURCE / "demandport/data/tiny.gguf" if MODEL == "tiny" else MODEL
         options = {"prompt": PROMPT, "max_tokens": count, "temperature": TEMPERATURE, "seed": SEED}
         commands = {
@@ -188,7 +191,9 @@ class Bench:
                     process.kill()
                     process.wait()
         ours, direct = statistics.median(rates["port"]), statistics.median(rates["direct"])
-        what, ratio = f"tokens to a GenServer ({tokens:.0f} tokens)", ours / direct
+        # Of each turn its own ratio: the machine's speed drifts more than the two differ.
+        ratio = statistics.median(a / b for a, b in zip(rates["port"], rates["direct"], strict=True))
+        what = f"tokens to a GenServer ({tokens:.0f} tokens)"
         self.table.add(what, f"{ours:,.0f}/s", f"direct {direct:,.0f}/s", f"{ratio:.2f}", ">= 0.95", ratio >= 0.95)
         self._dirty("while tokens stream", max(dirty))
 

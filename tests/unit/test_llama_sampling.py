@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from demandport.errors import TooLarge, TypeMismatch
 from demandport.inference.backend import MAX_SEED, GenerateRequest, ModelSpec
 from demandport.llama.sampling import draw_seed, grammar_text

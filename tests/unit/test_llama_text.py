@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from demandport.llama.text import Detokenizer, StopFilter
 from hypothesis import given
 from hypothesis import strategies as st
+
+from demandport.llama.text import Detokenizer, StopFilter
 
 CUTS = st.lists(st.integers(0, 400), max_size=40)
 SMALL = st.text(alphabet="ab<é", max_size=40)

@@ -75,7 +75,7 @@ def serve(fd_in: int, fd_out: int, settings: Settings) -> None:
         os._exit(status)
 
 
-def tune_collector() -> None:
+def tune_gc() -> None:
     """Set the garbage collector for cells: they come by the thousand and live long, so that the default threshold makes
     collections half of the cost of evaluating them. What start-up made is taken out of its sight altogether."""
     gc.freeze()
@@ -114,7 +114,7 @@ async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
             loop.add_signal_handler(number, end, 0)
         service.ready(codec.name)
         _log_to(service, loop, settings.log_level)
-        tune_collector()
+        tune_gc()
         reader.start()
         status = await ended
         reader.pause()

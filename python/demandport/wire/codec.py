@@ -95,10 +95,18 @@ def _checked_map(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
     return result
 
 
-def _read_ext(code: int, data: bytes) -> ErlangTerm:
-    if code != ETF_EXT_TYPE or not data or data[0] != 131:
+def _read_ext(code: int, data: bytes) -> ErlangTerm | int:
+    if code != ETF_EXT_TYPE or len(data) < 2 or data[0] != 131:
         raise BadMessage(f"ext type {code} is not one of the protocol's")
+    if data[1] in _BIG:  # an integer over 64 bits is one for nodes too
+        header = _BIG[data[1]]
+        value = int.from_bytes(data[header + 1 :], "little")
+        return -value if data[header] else value
     return ErlangTerm(bytes(data))
+
+
+#: Tags of large integers (SMALL_BIG_EXT, LARGE_BIG_EXT): where their sign byte stands.
+_BIG = {110: 3, 111: 6}
 
 
 def _may_hold_timestamp(payload: bytes) -> bool:

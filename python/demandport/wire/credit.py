@@ -25,7 +25,7 @@ class StreamWindow:
         coalescing: whether text is held back at all, until `release` or the size is reached.
     """
 
-    __slots__ = ("_coalesce_bytes", "_coalescing", "_kept", "_seq", "credit", "unwanted")
+    __slots__ = ("_coalesce_bytes", "_coalescing", "_kept", "_seq", "_values", "credit", "unwanted")
 
     def __init__(self, credit: int | None = None, *, coalesce_bytes: int = 0, coalescing: bool = False) -> None:
         self.credit = credit
@@ -34,6 +34,7 @@ class StreamWindow:
         self._coalescing = coalescing
         self._seq: dict[Key, int] = {}
         self._kept: dict[Key, list[Any]] = {}
+        self._values = 0  # kept chunks that cannot be merged
 
     @property
     def kept(self) -> bool:
@@ -43,7 +44,7 @@ class StreamWindow:
     @property
     def full(self) -> bool:
         """A producer of values that cannot be merged must wait."""
-        return bool(self._kept) and not self._coalescing
+        return self._values > 0
 
     def offer(self, node: str, port: str, chunk: Any, room: bool) -> Sent | None:
         """A new chunk; returns it with its number when it leaves now, None when it is kept.
@@ -53,11 +54,13 @@ class StreamWindow:
         """
         key = (node, port)
         kept = self._kept.get(key)
-        if kept is None and room and self.credit != 0 and not (self._coalescing and key in self._seq):
+        text = type(chunk) is str
+        if kept is None and room and self.credit != 0 and not (text and self._coalescing and key in self._seq):
             return self._number(key, chunk)
         if kept is None:
             kept = self._kept[key] = []
         kept.append(chunk)
+        self._values += not text
         return None
 
     def release(self, room: bool, *, held: bool = True) -> list[Sent]:
@@ -70,9 +73,10 @@ class StreamWindow:
         while self._kept and room and self.credit != 0:
             key = next(iter(self._kept))
             values = self._kept[key]
-            if not held and self._coalescing and not self._large(values):
+            if not held and self._coalescing and not self._values and not self._large(values):
                 break
             chunk, taken = _merged(values)
+            self._values -= type(chunk) is not str
             sent.append(self._number(key, chunk))
             del values[:taken]
             if not values:
