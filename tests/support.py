@@ -243,8 +243,10 @@ class ServiceProcess:
         )[-1]
 
     def open(
-        self, session: str, *nodes: tuple[str, str, dict[str, Any]], edges: list[Any] = [], **options: Any
-    ) -> None:  # noqa: B006
+        self, session: str, *nodes: tuple[str, str, dict[str, Any]], edges: list[Any] | None = None, **options: Any
+    ) -> None:
+        if edges is None:
+            edges = []
         graph = {"nodes": [{"id": i, "node_type": t, "data": d} for i, t, d in nodes], "edges": edges}
         reply = self.request("open", session, graph, options)
         assert reply[0] == "ok", reply

@@ -39,12 +39,17 @@ class DemandportError(Exception):
         """The error object of the protocol."""
         return {
             "code": self.code,
-            "message": self.message,
+            "message": _encodable(self.message),
             "node": self.node,
             "retryable": self.retryable,
             "details": self.details,
-            "traceback": self.traceback,
+            "traceback": self.traceback and _encodable(self.traceback),
         }
+
+
+def _encodable(text: str) -> str:
+    """Text that has a UTF-8 form: lone surrogates, which a node may raise with, are spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class BadFrame(DemandportError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -52,10 +53,8 @@ def test_nan_returns() -> None:
 @given(data=st.binary(max_size=300))
 def test_random_bytes_are_a_message_or_refused(codec: Codec, data: bytes) -> None:
     for payload in (data, b"\x83" + data, b"\x83h\x02w\x04ping" + data, b"\x92\xa4ping" + data):
-        try:
+        with contextlib.suppress(BadMessage):
             parse(codec.decode(payload))
-        except BadMessage:
-            pass
 
 
 @each_codec
@@ -64,10 +63,8 @@ def test_mutated_messages_are_a_message_or_refused(codec: Codec, value: Any, cha
     data = bytearray(codec.encode(["demand", 1, "s", value]))
     for position, byte in changes:
         data[position % len(data)] = byte
-    try:
+    with contextlib.suppress(BadMessage):
         parse(codec.decode(bytes(data)))
-    except BadMessage:
-        pass
 
 
 STEPS = st.lists(
@@ -92,7 +89,8 @@ def test_a_window_loses_nothing_and_never_overdraws(
         else:
             kind, text, port, room = step
             chunk = text if kind == "text" else {"v": text}
-            offered[port].append(chunk)
+            if kind == "text" or not window.unwanted:  # values from before the first credit are not kept
+                offered[port].append(chunk)
             now = window.offer("n", port, chunk, room)
             sent += [now] if now else []
         assert given_credit is None or len(sent) <= given_credit

@@ -72,11 +72,6 @@ def test_what_the_peer_must_refuse_for_its_depth_does_not_travel(codec: Codec) -
         codec.encode(["ok", 1, value])
 
 
-def test_etf_refuses_a_duplicate_key() -> None:
-    with pytest.raises(BadMessage):
-        EtfCodec().decode(bytes.fromhex("836802770470696e6774000000026d000000016161016d00000001616102"))
-
-
 @pytest.mark.parametrize("value", [float("inf"), float("-inf")])
 def test_etf_reads_the_infinities_that_it_writes(value: float) -> None:
     assert EtfCodec().decode(EtfCodec().encode(["ping", value])) == ["ping", value]

@@ -75,11 +75,13 @@ class Demand:
         """End with the outcome of `cell`."""
         if self._end():
             self.sink.complete(dict(cell.outputs), self._meta(skipped=cell.state == SKIPPED))
+            self._on_end(self)
 
     def fail(self, error: DemandportError) -> None:
         """End with an error."""
         if self._end():
             self.sink.error(error, self._meta())
+            self._on_end(self)
 
     def event(self, event: str, node: str, fields: dict[str, Any] | None = None) -> None:
         """Report an event, if the demand asked for them."""
@@ -95,7 +97,6 @@ class Demand:
         for cell in self.listening:
             cell.listeners.pop(self, None)
         self.listening.clear()
-        self._on_end(self)
         return True
 
     def _meta(self, skipped: bool = False) -> dict[str, Any]:

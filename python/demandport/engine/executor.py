@@ -95,7 +95,7 @@ class Executor:
     def _activate(self, cells: list[Cell]) -> None:
         """Have idle cells, and the cells that they read, evaluated."""
         stack = cells
-        ran = cached = 0
+        ran, cached = 0, set()
         for cell in stack:
             cell.state = WAITING
         while stack:
@@ -107,7 +107,7 @@ class Executor:
                 source = link.source
                 state = source.state
                 if state >= DONE:
-                    cached += 1
+                    cached.add(source)
                     continue
                 if cell not in source.dependents:
                     source.dependents[cell] = None
@@ -120,7 +120,7 @@ class Executor:
                 self._ready.append(cell)
         if self._starting is not None:
             self._starting.ran += ran
-            self._starting.cached += cached
+            self._starting.cached += len(cached)
 
     def _open(self, cell: Cell) -> bool:
         """The second step of a gated cell: it will not be skipped, so ask for its other links. True if it must wait."""
@@ -189,7 +189,9 @@ class Executor:
                 outputs = {spec.single: spec.call(**inputs)}
             else:
                 outputs = normalised(spec, spec.call(**inputs), None)
-        except Exception as raised:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as raised:  # also SystemExit: a node must not end the service
             self._failed(cell, from_exception(raised, node=cell.node_id))
             return
         self._finished(cell, outputs, DONE)

@@ -42,7 +42,9 @@ class Run:
         with self._scope:
             try:
                 outputs = await self._outputs(inputs)
-            except Exception as raised:
+            except BaseException as raised:  # also SystemExit: a node must not end the service
+                if self._scope.cancel_called:
+                    raise
                 error = from_exception(raised, node=self.cell.node_id)
         if outputs is None and error is None:
             error = Cancelled("the node was cancelled", node=self.cell.node_id)
@@ -90,7 +92,13 @@ class Run:
         return normalised(spec, returned, context.extra)
 
     async def _in_thread(self, function: Any) -> Any:
-        return await asyncio.wrap_future(self._executor.threads.submit(function))
+        def call() -> Any:
+            try:
+                return function()
+            except StopIteration as raised:  # no future can carry it
+                raise RuntimeError("the node raised StopIteration") from raised
+
+        return await asyncio.wrap_future(self._executor.threads.submit(call))
 
     def _iterate(self, generator: Any, port: str) -> Any:
         while True:

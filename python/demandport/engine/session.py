@@ -49,6 +49,7 @@ class Session:
         self._running: set[Demand] = set()
         self._queued: deque[Demand] = deque()
         self._timers: dict[Demand, asyncio.TimerHandle] = {}
+        self._filling = False
         self.problems: list[Problem] = require_runnable(self._graph, specs)
 
     @property
@@ -75,7 +76,7 @@ class Session:
         """Evaluate a node of the graph as it stands now. The demand may have ended when this returns.
 
         Args:
-            on_end: called once, before the terminal goes to `sink`.
+            on_end: called once, after the terminal went to `sink`.
 
         Raises:
             UnknownNode: the graph has no such node.
@@ -131,8 +132,18 @@ class Session:
         timer = self._timers.pop(demand, None)
         if timer is not None:
             timer.cancel()
-        while self._queued and len(self._running) < self._max_running:
-            self._start(self._queued.popleft())
+        self._fill()
+
+    def _fill(self) -> None:
+        """Start queued demands while there are places. One that ends at once comes back here, and does not nest."""
+        if self._filling:
+            return
+        self._filling = True
+        try:
+            while self._queued and len(self._running) < self._max_running:
+                self._start(self._queued.popleft())
+        finally:
+            self._filling = False
 
     # -------------------------------------------------------------------------------- edits and outputs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from demandport.errors import BadMessage, InvalidGraph, UnknownNode, UnknownPort
+from demandport.errors import BadMessage, InvalidGraph, TypeMismatch, UnknownNode, UnknownPort
 from demandport.graph.loading import read_edge, read_node
 from demandport.graph.model import Graph
 from demandport.graph.spec import NodeSpec, converter
@@ -85,7 +85,10 @@ def _set_input(graph: Graph, operation: Operation, place: str, specs: Specs) -> 
     spec = specs.get(graph.nodes[node_id].node_type)
     known = spec.inputs.get(port) if spec else None
     convert = converter(known.type) if known and not known.multiple else None
-    graph.inputs.setdefault(node_id, {})[port] = convert(value) if convert else value
+    try:
+        graph.inputs.setdefault(node_id, {})[port] = convert(value) if convert else value
+    except TypeMismatch as mismatch:
+        raise TypeMismatch(f"{place}: the port {port!r} of {node_id!r} {mismatch.message}", node=node_id) from None
     return {node_id}
 
 

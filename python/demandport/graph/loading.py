@@ -54,9 +54,8 @@ def read_node(raw: Any, place: str) -> Node:
         data = {}
     if not isinstance(data, dict):
         raise InvalidGraph(f"{place}.data must be a map", node=node_id)
-    named = raw.get("node_type", raw.get("nodeType", data.get("node_type", data.get("nodeType"))))
-    if named is None:
-        named = node_id.rpartition("-")[0] or node_id
+    given = [source.get(key) for source in (raw, data) for key in ("node_type", "nodeType")]
+    named = next((name for name in given if name is not None), node_id.rpartition("-")[0] or node_id)
     if not isinstance(named, str) or not named:
         raise InvalidGraph(f"{place}.node_type must be a string", node=node_id)
     return Node(node_id, named, data, _position(raw.get("position"), place))

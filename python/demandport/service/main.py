@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,8 +110,7 @@ async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
             end,
             lambda pause: reader.pause() if pause else reader.start(),
         )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, end, 0)
+        _end_on_signals(loop, end)
         service.ready(codec.name)
         _log_to(service, loop, settings.log_level)
         tune_gc()
@@ -123,6 +122,17 @@ async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
         # Deliver first, then take down: nothing below can cost the host an answer.
         os._exit(status)
     raise AssertionError("the task group ended before the service did")
+
+
+def _end_on_signals(loop: asyncio.AbstractEventLoop, end: Callable[[int], None]) -> None:
+    """End on SIGTERM and SIGINT; a plain handler, which also runs while a node holds up the loop."""
+
+    def handle(number: int, frame: Any) -> None:
+        threading.Thread(target=_end_for_sure, name="end-for-sure", daemon=True).start()
+        loop.call_soon_threadsafe(end, 0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
 
 
 def _end_for_sure() -> None:
@@ -153,10 +163,16 @@ class _WireLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if threading.get_ident() == self._thread:
             self._send(record)
-        else:
+        elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._send, record)
 
     def _send(self, record: logging.LogRecord) -> None:
+        try:
+            self._send_record(record)
+        except Exception:  # what cannot be formatted or cannot travel: it must not hurt whoever logs
+            self.handleError(record)
+
+    def _send_record(self, record: logging.LogRecord) -> None:
         level = {"CRITICAL": "error"}.get(record.levelname, record.levelname.lower())
         metadata = {str(key): str(value) for key, value in getattr(record, "metadata", {}).items()}
         if record.exc_info:

@@ -40,6 +40,7 @@ class WireSink:
         self._timer: asyncio.TimerHandle | None = None
         self._terminal: Terminal | None = None
         self._roomless: list[asyncio.Future[None]] = []
+        self._awaiting_room = False
         self.ended = False
 
     # ------------------------------------------------------------------------------- for the engine
@@ -116,9 +117,17 @@ class WireSink:
         self._flush()
 
     def _await_room(self) -> None:
+        if self._awaiting_room:
+            return
+        self._awaiting_room = True
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiter.add_done_callback(lambda _: None if self.ended else self._flush(held=False))
+        waiter.add_done_callback(self._has_room)
         self._out.on_room(waiter)
+
+    def _has_room(self, _: asyncio.Future[None]) -> None:
+        self._awaiting_room = False
+        if not self.ended:
+            self._flush(held=False)
 
     def _send(self, sent: Sent) -> None:
         node, port, seq, chunk = sent

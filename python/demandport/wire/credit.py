@@ -55,6 +55,8 @@ class StreamWindow:
         key = (node, port)
         kept = self._kept.get(key)
         text = type(chunk) is str
+        if self.unwanted and not text:
+            return None  # no stream is wanted, and values, unlike text, would be kept without bound
         if kept is None and room and self.credit != 0 and not (text and self._coalescing and key in self._seq):
             return self._number(key, chunk)
         if kept is None:

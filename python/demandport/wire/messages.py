@@ -11,6 +11,7 @@ from typing import Any
 
 from demandport.errors import BadMessage
 from demandport.ids import DemandId, NodeId, PortName, RequestId, SessionId
+from demandport.wire.framing import MAX_FRAME_BYTES
 
 PROTOCOL = 1
 MAX_ID = (1 << 64) - 1
@@ -265,7 +266,7 @@ SHAPES: dict[str, tuple[type[Any], list[tuple[str, Check]]]] = {
                         "protocol": _versions,
                         "client": _string,
                         "max_frame_bytes": _optional(_integer(4096, 1 << 32)),
-                        "part_bytes": _optional(_integer(4096, 1 << 32)),
+                        "part_bytes": _optional(_integer(4096, MAX_FRAME_BYTES)),
                         "features": _optional(_list),
                     },
                 ),
