@@ -91,6 +91,10 @@ class Session:
             )
         started = time.monotonic()
         cell = self._store.cell(self._graph, node_id)
+        if cell.state >= DONE and not full:  # answered from the cache: no place, no timer
+            demand = Demand(cell, sink, on_end, started, events=events)
+            self._executor.start(demand)
+            return demand
 
         def ended(demand: Demand) -> None:
             on_end(demand)

@@ -48,11 +48,13 @@ def check_travels(message: list[Any]) -> None:
     Raises:
         TypeMismatch: a map key is no string, or something is nested deeper than `MAX_DEPTH`.
     """
-    level: list[Any] = [message]
+    level: list[Any] = [item for item in message if isinstance(item, _CONTAINERS)]
     for _ in range(MAX_DEPTH + 1):
-        below = []
+        if not level:
+            return
+        below: list[Any] = []
         for outer in level:
-            items = outer
+            items: Any = outer
             if isinstance(outer, dict):
                 for key in outer:
                     if not isinstance(key, str):
@@ -60,9 +62,9 @@ def check_travels(message: list[Any]) -> None:
                 items = outer.values()
             elif type(outer) is not list and hasattr(outer, "code"):  # msgpack's ExtType is a tuple
                 raise TypeMismatch("an ext type of its own cannot travel")
-            below += [item for item in items if isinstance(item, _CONTAINERS)]
-        if not below:
-            return
+            for item in items:
+                if isinstance(item, _CONTAINERS):
+                    below.append(item)
         level = below
     raise TypeMismatch(f"a value nested deeper than {MAX_DEPTH} cannot travel")
 
