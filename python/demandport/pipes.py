@@ -14,7 +14,8 @@ import threading
 from asyncio import AbstractEventLoop
 from collections.abc import Callable
 
-READ_BYTES = 1 << 18
+# What a pipe holds by default. A larger buffer costs a mapping of memory for each read, however little comes.
+READ_BYTES = 1 << 16
 # One write call takes at most this much: a pipe holds 64 KiB to 1 MiB, and joining more only copies it in vain.
 WRITE_BYTES = 1 << 18
 
