@@ -7,7 +7,7 @@ of a node is the outcome in its cell, and single flight is that there is one cel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 from demandport.errors import DemandportError, MissingInput, TypeMismatch, UnknownNodeType
@@ -143,7 +143,9 @@ class CellStore:
             top = stack[-1]
             if top not in cells:
                 depth = len(stack)
-                stack.extend(edge.source for edge in incoming.get(top, ()) if edge.source not in cells)
+                for edge in incoming.get(top, ()):
+                    if edge.source not in cells:
+                        stack.append(edge.source)
                 if len(stack) > depth:
                     continue
                 cells[top] = self._build(graph, top)
@@ -159,9 +161,7 @@ class CellStore:
             return cell
         given = graph.inputs.get(node_id)
         edges = graph.incoming.get(node_id)
-        if edges:
-            self._link(cell, form, edges, given)
-        linked = {link.port for link in cell.links}
+        linked = self._link(cell, form, edges, given) if edges else {}
         try:
             if node.data or given or cell.spec.open_inputs:
                 _fill_constants(cell, node.data, given, linked)
@@ -175,8 +175,10 @@ class CellStore:
         form = self._forms[node_type] = _Form(self._specs.get(node_type, _NOBODY))
         return form
 
-    def _link(self, cell: Cell, form: _Form, edges: list[Edge], given: Mapping[str, Any] | None) -> None:
-        cells, forms = self.cells, self._forms
+    def _link(self, cell: Cell, form: _Form, edges: list[Edge], given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """Link the cell to those it reads; returns the ports that have a link, as keys."""
+        cells, forms, links = self.cells, self._forms, cell.links
+        linked: dict[str, None] = {}
         for edge in edges:
             source = cells[edge.source]
             spec = source.spec
@@ -185,12 +187,14 @@ class CellStore:
             if target is None or out is None or (given and target[0] in given):
                 continue
             port, convert, multiple = target
-            cell.links.append(Link(port, source, out, convert, multiple))
+            links.append(Link(port, source, out, convert, multiple))
+            linked[port] = None
             if source.gated or spec.branches:
                 cell.gated = True
+        return linked
 
 
-def _fill_defaults(cell: Cell, form: _Form, linked: set[str]) -> None:
+def _fill_defaults(cell: Cell, form: _Form, linked: Container[str]) -> None:
     """`_fill_constants` for the many nodes that nobody gave a value."""
     for name in form.required:
         if name not in linked:
@@ -199,7 +203,9 @@ def _fill_defaults(cell: Cell, form: _Form, linked: set[str]) -> None:
         cell.constants = {name: value for name, value in form.defaults.items() if name not in linked}
 
 
-def _fill_constants(cell: Cell, data: Mapping[str, Any], given: Mapping[str, Any] | None, linked: set[str]) -> None:
+def _fill_constants(
+    cell: Cell, data: Mapping[str, Any], given: Mapping[str, Any] | None, linked: Container[str]
+) -> None:
     constants = cell.constants
     for name, port in cell.spec.inputs.items():
         if given and name in given:

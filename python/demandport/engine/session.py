@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,7 +48,8 @@ class Session:
         self._max_running = max_running
         self._max_queued = max_queued
         self._running: set[Demand] = set()
-        self._queued: deque[Demand] = deque()
+        #: Demands that wait for a place, by priority; each level in the order of arrival.
+        self._queued: dict[int, OrderedDict[Demand, None]] = {}
         self._timers: dict[Demand, asyncio.TimerHandle] = {}
         self._filling = False
         self.problems: list[Problem] = require_runnable(self._graph, specs)
@@ -60,7 +62,7 @@ class Session:
     @property
     def load(self) -> tuple[int, int]:
         """Demands running, demands queued."""
-        return len(self._running), len(self._queued)
+        return len(self._running), sum(map(len, self._queued.values()))
 
     # ------------------------------------------------------------------------------------------ demands
 
@@ -71,12 +73,14 @@ class Session:
         on_end: Callable[[Demand], None],
         *,
         deadline_ms: int | None = None,
+        priority: int = 0,
         events: bool = False,
     ) -> Demand:
         """Evaluate a node of the graph as it stands now. The demand may have ended when this returns.
 
         Args:
             on_end: called once, after the terminal went to `sink`.
+            priority: of the demands that wait for a place, those of the highest priority start first.
 
         Raises:
             UnknownNode: the graph has no such node.
@@ -85,7 +89,7 @@ class Session:
         if node_id not in self._graph.nodes:
             raise UnknownNode(f"the graph has no node {node_id!r}", node=node_id)
         full = len(self._running) >= self._max_running
-        if full and len(self._queued) >= self._max_queued:
+        if full and self.load[1] >= self._max_queued:
             raise QueueFull(
                 f"the session has {self._max_running} demands running and {self._max_queued} queued; try later"
             )
@@ -106,20 +110,20 @@ class Session:
             loop = asyncio.get_running_loop()
             self._timers[demand] = loop.call_later(deadline_ms / 1000, self._expire, demand, deadline_ms)
         if full:
-            self._queued.append(demand)
+            self._queued.setdefault(priority, OrderedDict())[demand] = None
         else:
             self._start(demand)
         return demand
 
     def cancel(self, demand: Demand, error: DemandportError | None = None) -> None:
         """End a demand with `cancelled`, or with `error`."""
-        if demand not in self._running and demand in self._queued:
-            self._queued.remove(demand)
+        if demand not in self._running:
+            self._unqueue(demand)
         self._executor.stop(demand, error or Cancelled("the demand was cancelled", node=demand.cell.node_id))
 
     def close(self) -> None:
         """Cancel every demand."""
-        for demand in [*self._queued, *self._running]:
+        for demand in [*itertools.chain(*self._queued.values()), *self._running]:
             self.cancel(demand, Cancelled("the session was closed", node=demand.cell.node_id))
 
     def _start(self, demand: Demand) -> None:
@@ -145,9 +149,19 @@ class Session:
         self._filling = True
         try:
             while self._queued and len(self._running) < self._max_running:
-                self._start(self._queued.popleft())
+                demand = next(iter(self._queued[max(self._queued)]))
+                self._unqueue(demand)
+                self._start(demand)
         finally:
             self._filling = False
+
+    def _unqueue(self, demand: Demand) -> None:
+        for priority, level in self._queued.items():
+            if demand in level:
+                del level[demand]
+                if not level:
+                    del self._queued[priority]
+                return
 
     # -------------------------------------------------------------------------------- edits and outputs
 

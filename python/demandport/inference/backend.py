@@ -18,8 +18,7 @@ MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
 _ROLES = ("system", "user", "assistant", "tool")
 
-# ----------------------------------------------------------------------------------------------------------
-# events
+# ---------------------------------------------------------------------------------------------------------- events
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +66,7 @@ class Finished:
 
 Event = TextChunk | Progress | Finished
 
-# --------------------------------------------------------------------------------------------------------
-# requests
+# -------------------------------------------------------------------------------------------------------- requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +77,7 @@ class GenerateRequest:
         prompt: the user's text; exactly one of `prompt` and `messages` is given.
         messages: a conversation, maps of ``role`` (system, user, assistant, tool) and ``content``.
         system_prompt: put before the conversation as a system message; not with `raw`.
-        raw: send `prompt` as it stands, without the model's chat template; special tokens in it are read as
-            such.
+        raw: send `prompt` as it stands, without the model's chat template; special tokens in it are read as such.
         max_tokens: most tokens to generate; None: `DEFAULT_MAX_TOKENS`, or fewer when the context holds fewer.
         stop: strings that end the text and are not part of it.
         temperature: 0 is greedy, the most likely token always; up to 10.
@@ -238,8 +235,7 @@ def _check_constraint(request: GenerateRequest) -> None:
         _require("json_schema", request.json_schema, dict, "a map")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# models
+# ---------------------------------------------------------------------------------------------------------- models
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,8 +286,7 @@ class ModelSpec:
         return cls(**{name: value for name, value in options.items() if value is not None})
 
 
-# --------------------------------------------------------------------------------------------------------
-# interface
+# -------------------------------------------------------------------------------------------------------- interface
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.resources
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 
 from demandport.errors import BackendUnavailable, ModelLoadFailed, ModelNotFound
 from demandport.inference.backend import Event, GenerateRequest, ModelSpec
-from demandport.inference.llama_cpp import LlamaCppBackend, LogSink, require_llama
+from demandport.inference.llama_cpp import LlamaCppBackend, LogSink
 
 #: The model that comes with the package.
 TINY = "tiny"
@@ -50,8 +51,7 @@ class Gateway:
     async def generate(
         self, request: GenerateRequest, model: ModelSpec | str | None = None
     ) -> AsyncGenerator[Event, None]:
-        """Find the model's backend and start; returns the events. The model is loaded when the first is
-        asked for.
+        """Find the model's backend and start; returns the events. The model is loaded when the first is asked for.
 
         Close the generator (``contextlib.aclosing``) when you leave early: that stops the model.
 
@@ -112,7 +112,6 @@ class Gateway:
         return ModelSpec(model or self.default_model)
 
     async def _backend(self, spec: ModelSpec) -> LlamaCppBackend:
-        require_llama()
         path = _path(spec.model)
         # A file may lie on a network: even looking at it can take long.
         identity = await asyncio.to_thread(_identify, path)
@@ -143,8 +142,13 @@ class Gateway:
 
 def _path(model: str) -> Path:
     if model == TINY:
-        return Path(str(importlib.resources.files("demandport") / "data" / "tiny.gguf"))
+        return _tiny_path()
     return Path(model).expanduser()
+
+
+@functools.cache
+def _tiny_path() -> Path:
+    return Path(str(importlib.resources.files("demandport") / "data" / "tiny.gguf"))
 
 
 def _identify(path: Path) -> tuple[int, int, int, int]:

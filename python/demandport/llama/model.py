@@ -37,8 +37,7 @@ def check_file(path: Path) -> None:
 
     Raises:
         ModelNotFound: there is no such file.
-        ModelLoadFailed: it is a directory, cannot be read, is too short, or has no header that llama.cpp
-            reads.
+        ModelLoadFailed: it is a directory, cannot be read, is too short, or has no header that llama.cpp reads.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
@@ -57,8 +56,7 @@ def check_file(path: Path) -> None:
         raise ModelLoadFailed(f"{path} is no GGUF file: it begins with {magic!r}")
     if version not in _GGUF_VERSIONS:
         raise ModelLoadFailed(f"{path} has GGUF version {version}; {_GGUF_VERSIONS} can be read")
-    # A tensor's entry takes over 24 bytes and a pair's over 12: counts that cannot fit are not worth an
-    # allocation.
+    # A tensor's entry takes over 24 bytes and a pair's over 12: counts that cannot fit are not worth an allocation.
     if tensors * 24 + pairs * 12 > size:
         raise ModelLoadFailed(f"{path} claims {tensors} tensors and {pairs} pairs, more than its {size} bytes can hold")
 
@@ -105,8 +103,7 @@ class Model:
         path: a GGUF file; it is mapped, not read.
         context_length: tokens of context; None: what it was trained with, at most `DEFAULT_CONTEXT_LENGTH`.
         gpu_layers: layers to put on a GPU; -1: all.
-        threads: threads that compute; None: one per core that this process may use, one for a very small
-            model.
+        threads: threads that compute; None: one per core that this process may use, one for a very small model.
         sequences: most sequences in the context at a time.
         progress: called with 0.0 to 1.0 while it loads.
 

@@ -4,11 +4,9 @@ User text must not become a control token: ``<|end|>`` typed by a user is text. 
 text, since it may trim or compare it, and cutting the rendered prompt at every message would tokenise
 differently from what the model was trained on. So:
 
-1. The first character of every control token's text is replaced in the messages by a private-use character
-that occurs
+1. The first character of every control token's text is replaced in the messages by a private-use character that occurs
    nowhere in them. No control token can then be found in user text, whatever the template does around it.
-2. The template is rendered, and the result is cut at the control tokens that are found now: these are the
-template's.
+2. The template is rendered, and the result is cut at the control tokens that are found now: these are the template's.
 3. The private characters become again what they were, and the pieces between are tokenised as plain text.
 """
 

@@ -27,8 +27,7 @@ def draw_seed() -> int:
 
 
 def grammar_text(request: GenerateRequest) -> str | None:
-    """The GBNF that the request asks for, from its `grammar` or its `json_schema`; None when it asks for
-    none.
+    """The GBNF that the request asks for, from its `grammar` or its `json_schema`; None when it asks for none.
 
     Raises:
         TypeMismatch: it cannot be turned into a grammar.
@@ -96,8 +95,7 @@ def _refused(parameter: str, what: str) -> TypeMismatch:
 
 
 class Sampler:
-    """Chooses the next token of one sequence. Belongs to the thread that owns the context; free it with
-    `close`.
+    """Chooses the next token of one sequence. Belongs to the thread that owns the context; free it with `close`.
 
     Args:
         vocabulary: llama.cpp's handle of the model's vocabulary.

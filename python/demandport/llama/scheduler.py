@@ -1,7 +1,6 @@
 """Decides what the model computes next. One step is one decode, so that messages are looked at in between.
 
-This one runs one sequence at a time, in the order of arrival; its callers see only `submit`, `cancel`,
-`step`.
+This one runs one sequence at a time, in the order of arrival; its callers see only `submit`, `cancel`, `step`.
 """
 
 from __future__ import annotations
@@ -43,6 +42,8 @@ class _Sequence:
         self.sampler: Sampler | None = None
         self.detokenizer = Detokenizer()
         self.stops = StopFilter(request.stop)
+        #: Bytes of tokens that have not been read as text yet, and text that has not been sent.
+        self.pieces: list[bytes] = []
         self.pending: list[str] = []
         self.sent_at = 0.0
 
@@ -115,8 +116,7 @@ class Scheduler:
             self._release(self._running)
         self._waiting.clear()
 
-    # ------------------------------------------------------------------------------------------------- one
-    # sequence
+    # ------------------------------------------------------------------------------------ one sequence
 
     def _begin_next(self) -> _Sequence | None:
         if not self._waiting:
@@ -174,29 +174,30 @@ class Scheduler:
             self._finish(sequence, "stop")
             return
         sequence.last = token
-        text = sequence.stops.feed(sequence.detokenizer.feed(self._model.piece(token)))
-        if text:
-            self._show(sequence, text)
+        sequence.pieces.append(self._model.piece(token))
+        now = self._clock()
+        due = now - sequence.sent_at >= COALESCE_S
+        if due or sequence.request.stop:
+            self._read(sequence)
+        if due and sequence.pending:
+            sequence.sent_at = now
+            self._flush(sequence)
         if sequence.stops.stopped is not None:
             self._finish(sequence, "stop")
         elif sequence.generated >= sequence.limit:
             self._finish(sequence, "length")
 
-    # -------------------------------------------------------------------------------------------------------
-    # output
+    # ------------------------------------------------------------------------------------------ output
+    #
+    # Text is sent at most every `COALESCE_S`, the first at once. No timer is needed: while text is held back the next
+    # token is being computed, and a model slow enough for that to matter has let more than `COALESCE_S` pass since the
+    # last chunk, so that nothing is held back. Bytes are read as text only then, unless a stop string is looked for.
 
-    def _show(self, sequence: _Sequence, text: str) -> None:
-        """Send text, the first at once, later text at most every `COALESCE_S`.
-
-        No timer is needed: while text is held back the next token is being computed, and a model slow enough
-            for that
-        to matter has let more than `COALESCE_S` pass since the last chunk, so that nothing is held back.
-        """
-        now = self._clock()
-        sequence.pending.append(text)
-        if now - sequence.sent_at >= COALESCE_S:
-            sequence.sent_at = now
-            self._flush(sequence)
+    def _read(self, sequence: _Sequence) -> None:
+        text = sequence.stops.feed(sequence.detokenizer.feed(b"".join(sequence.pieces)))
+        sequence.pieces.clear()
+        if text:
+            sequence.pending.append(text)
 
     def _flush(self, sequence: _Sequence) -> None:
         if sequence.pending:
@@ -205,6 +206,7 @@ class Scheduler:
             self._emit(["chunk", sequence.id, text])
 
     def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
+        self._read(sequence)
         if sequence.stops.stopped is None:
             rest = sequence.stops.feed(sequence.detokenizer.finish())
             if sequence.stops.stopped is None:
@@ -212,16 +214,17 @@ class Scheduler:
             if rest:
                 sequence.pending.append(rest)
         self._flush(sequence)
-        self._release(sequence)
         usage = {"prompt_tokens": len(sequence.prompt), "completion_tokens": sequence.generated}
         self._emit(["done", sequence.id, {"finish_reason": reason, "usage": usage, "seed": sequence.seed}])
+        self._release(sequence)
 
     def _fail(self, failed: DemandportError) -> None:
         sequence = self._running
         assert sequence is not None
+        self._read(sequence)
         self._flush(sequence)
-        self._release(sequence)
         self._emit(["error", sequence.id, failed.to_wire()])
+        self._release(sequence)
 
     def _release(self, sequence: _Sequence) -> None:
         self._running = None

@@ -45,14 +45,14 @@ class Worker:
 
     def run(self) -> None:
         """Work until the process is ended; messages first, then one step of the model."""
+        busy = False
         while True:
-            scheduler = self._scheduler
-            busy = scheduler is not None and scheduler.busy
             message = self._channel.receive(block=not busy)
             if message is not None:
                 self._handle(message)
-            elif scheduler is not None:
-                scheduler.step()
+                busy = self._scheduler is not None and self._scheduler.busy
+            elif self._scheduler is not None:
+                busy = self._scheduler.step()
 
     def _urgent(self, message: Message) -> None:
         """On the reader thread: a cancel takes effect at the next token, whatever stands before it in the

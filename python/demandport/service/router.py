@@ -232,7 +232,12 @@ class Service:
                 raise QueueFull(f"more than {MAX_DEMANDS} demands are open; try later")
             session = self._session(message.session)
             demand = session.demand(
-                message.node, sink, self._demand_ended, deadline_ms=options.deadline_ms, events=options.events
+                message.node,
+                sink,
+                self._demand_ended,
+                deadline_ms=options.deadline_ms,
+                priority=options.priority,
+                events=options.events,
             )
             if not demand.ended:
                 self._demands[id] = (session, demand)

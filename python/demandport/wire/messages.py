@@ -326,9 +326,9 @@ SHAPES: dict[str, tuple[type[Any], list[tuple[str, Check]]]] = {
                     LoadOptions,
                     {
                         "model": _name,
-                        "context_length": _optional(_integer(1, 1 << 24)),
+                        "context_length": _optional(_integer(8, 1 << 22)),
                         "gpu_layers": _integer(-1, 10_000),
-                        "threads": _optional(_integer(1, 1024)),
+                        "threads": _optional(_integer(1, 512)),
                     },
                 ),
             ),

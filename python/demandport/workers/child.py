@@ -37,8 +37,7 @@ class Channel:
         parent_pid: process id of the service; the process ends at once if that is not its parent.
         on_message: called on the reader thread with each message before it is queued, for what must not wait
             until the main thread looks (a cancel). It must not block and must not raise.
-        niceness: added to the process's nice value, so that the service's event loop keeps its share of the
-            cores.
+        niceness: added to the process's nice value, so that the service's event loop keeps its share of the cores.
         max_frame_bytes: largest frame accepted.
     """
 

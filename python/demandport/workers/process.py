@@ -175,8 +175,7 @@ class WorkerProcess:
             self.kill()
 
     def _signal(self, number: int) -> None:
-        # The lock keeps the id from being reaped, and so from being another process's, between look and
-        # signal.
+        # The lock keeps the id from being reaped, and so from being another process's, between look and signal.
         with self._signalling:
             if not self._reaped:
                 _signal_group(self.pid, number)
@@ -229,8 +228,7 @@ def _start(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], int, int]:
     """Start `command` with pipes as its stdin and stdout; returns it with our (read, write) ends."""
     child_in, our_out = os.pipe()
     our_in, child_out = os.pipe()
-    # The worker finds this package wherever the service found it, and nothing that lies in the host's
-    # directory.
+    # The worker finds this package wherever the service found it, and nothing that lies in the host's directory.
     inherited = os.environ.get("PYTHONPATH")
     path = f"{_PACKAGE_ROOT}{os.pathsep}{inherited}" if inherited else _PACKAGE_ROOT
     try:
