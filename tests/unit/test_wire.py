@@ -271,6 +271,16 @@ def test_values_other_than_text_make_their_producer_wait() -> None:
     assert window.release(True) == [("n", "p", 1, {"a": 2})] and not window.full
 
 
+def test_text_kept_without_credit_lies_in_few_pieces() -> None:
+    window = StreamWindow(1)
+    assert window.offer("n", "p", "first", True)
+    for number in range(10_000):
+        assert window.offer("n", "p", f"{number} ", True) is None
+    assert len(window._kept["n", "p"]) < 20
+    window.grant(1)
+    assert window.release(True) == [("n", "p", 1, "".join(f"{number} " for number in range(10_000)))]
+
+
 def test_values_make_their_producer_wait_with_coalescing_too() -> None:
     window = StreamWindow(0, coalescing=True)
     window.grant(1)

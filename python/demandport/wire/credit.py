@@ -61,7 +61,7 @@ class StreamWindow:
             return self._number(key, chunk)
         if kept is None:
             kept = self._kept[key] = []
-        kept.append(chunk)
+        _keep(kept, chunk)
         self._values += not text
         return None
 
@@ -100,6 +100,18 @@ class StreamWindow:
         if self.credit is not None:
             self.credit -= 1
         return (*key, seq, chunk)
+
+
+def _keep(values: list[Any], chunk: Any) -> None:
+    """Append `chunk`; text is joined to the text before it while that is no longer.
+
+    So text lies in pieces that halve towards the end, as the digits of a binary counter: a million tokens are some
+    twenty strings, and each character is copied some twenty times at most.
+    """
+    if type(chunk) is str:
+        while values and type(values[-1]) is str and len(values[-1]) <= len(chunk):
+            chunk = values.pop() + chunk
+    values.append(chunk)
 
 
 def _merged(values: list[Any]) -> tuple[Any, int]:
