@@ -234,6 +234,10 @@ def from_exception(raised: BaseException, *, node: str) -> DemandportError:
     """What a node's code raised, as an error of this tree with the node named and the traceback kept."""
     if isinstance(raised, DemandportError):
         return raised.at(node)
-    failed = NodeFailed(f"{type(raised).__name__}: {raised}", node=node)
+    try:
+        said = f"{type(raised).__name__}: {raised}"
+    except Exception:  # an author's __str__ may raise anything
+        said = type(raised).__name__
+    failed = NodeFailed(said, node=node)
     failed.traceback = "".join(_traceback.format_exception(raised))
     return failed

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from demandport.errors import DemandportError, MissingInput, TypeMismatch, UnknownNodeType
 from demandport.graph.model import Edge, Graph
 from demandport.graph.spec import Convert, NodeSpec, converter
-from demandport.graph.validation import source_port, target_port
+from demandport.graph.validation import has_value, source_port, target_port
 
 #: Shared by all cells that have no outputs yet; never written to.
 _NOTHING: dict[str, Any] = {}
@@ -187,6 +187,8 @@ class CellStore:
             if target is None or out is None or (given and target[0] in given):
                 continue
             port, convert, multiple = target
+            if convert is not None and spec.outputs[out].type == "json" == form.spec.inputs[port].type:
+                convert = None  # a text that stands for itself is not read as JSON once more
             links.append(Link(port, source, out, convert, multiple))
             linked[port] = None
             if source.gated or spec.branches:
@@ -212,7 +214,7 @@ def _fill_constants(
             constants[name] = _fitted(name, port.type, given[name], port.multiple)
         elif name in linked:
             continue
-        elif name in data:
+        elif has_value(data, port):
             constants[name] = _fitted(name, port.type, data[name], port.multiple)
         elif port.required:
             raise _missing(name)

@@ -182,15 +182,13 @@ class Executor:
             self._tell(cell, "task_started")
         try:
             if spec.context is not None:
-                run = Run(self, cell)
+                run = Run(self, cell, self._starting)
                 inputs[spec.context] = context = Context(cell.node_id, spec, run)
                 outputs = normalised(spec, spec.call(**inputs), context.extra)
             elif spec.single is not None:
                 outputs = {spec.single: spec.call(**inputs)}
             else:
                 outputs = normalised(spec, spec.call(**inputs), None)
-        except KeyboardInterrupt:
-            raise
         except BaseException as raised:  # also SystemExit: a node must not end the service
             self._failed(cell, from_exception(raised, node=cell.node_id))
             return
@@ -312,7 +310,7 @@ def _gather(cell: Cell) -> dict[str, Any]:
                 continue
             raise _Skipped from None
         if convert is not None:
-            value = _converted(value, convert, cell, port, source)
+            value = _converted(value, convert, cell, port, f"{source.node_id}.{name}")
         if multiple:
             inputs.setdefault(port, []).append(value)
         else:
@@ -320,9 +318,9 @@ def _gather(cell: Cell) -> dict[str, Any]:
     return inputs
 
 
-def _converted(value: Any, convert: Callable[[Any], Any], cell: Cell, port: str, source: Cell) -> Any:
+def _converted(value: Any, convert: Callable[[Any], Any], cell: Cell, port: str, source: str) -> Any:
     try:
         return convert(value)
     except TypeMismatch as mismatch:
-        ends = f"{cell.node_id}.{port} {mismatch.message} (from {source.node_id})"
+        ends = f"{cell.node_id}.{port} {mismatch.message} (from {source})"
         raise TypeMismatch(ends, node=cell.node_id) from None

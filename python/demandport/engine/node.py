@@ -12,6 +12,7 @@ what it yields; text chunks joined are the value of its output.
 from __future__ import annotations
 
 import inspect
+import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping
 from dataclasses import replace
@@ -137,11 +138,19 @@ def node(
         the function itself, with its `NodeSpec` as ``node_spec``.
 
     Raises:
-        TypeError: the declaration contradicts itself.
+        TypeError: the declaration contradicts itself, or another function has the name.
     """
 
+    if not isinstance(node_type, str) or not node_type:
+        raise TypeError(f'@node takes the name of the node type first, as in @node("shout"), not {node_type!r:.60}')
+
     def declare(function: F) -> F:
+        if not callable(function):
+            raise TypeError(f"{node_type}: @node stands before a function, not before {function!r:.60}")
         spec = _spec_of(function, node_type, runs, category, description, outputs, stream, branches)
+        other = DECLARED.get(node_type)
+        if other is not None and _place(other.call) != _place(function):
+            raise TypeError(f"{node_type}: {_place(other.call)} is a node type of that name already")
         DECLARED[node_type] = spec
         function.node_spec = spec  # type: ignore[attr-defined]
         return function
@@ -165,9 +174,14 @@ def _spec_of(
         raise TypeError(f"{node_type}: runs is inline, async or thread, not {runs!r}")
     if (runs == "async") != style.startswith("async") or (runs == "inline" and style != "function"):
         raise TypeError(f"{node_type}: a {style} cannot run {runs}")
-    hints = get_type_hints(function, include_extras=True)
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except Exception as failed:
+        raise TypeError(f"{node_type}: a type hint of {function.__name__} cannot be read: {failed}") from None
     inputs, context, open_inputs = _inputs_of(function, hints)
-    ports = _outputs_of(hints.get("return", Any), outputs, style)
+    ports = _outputs_of(hints.get("return", Any), outputs)
+    if stream is not None and stream not in ports:
+        raise TypeError(f"{node_type}: stream names the output port {stream!r}; there are {', '.join(ports)}")
     return NodeSpec(
         node_type=node_type,
         call=function,
@@ -185,6 +199,11 @@ def _spec_of(
     )
 
 
+def _place(function: Callable[..., Any]) -> str:
+    """Where a function is defined: a module that is loaded again declares its node types again."""
+    return f"{function.__module__}.{function.__qualname__}"
+
+
 def _style_of(function: Callable[..., Any]) -> str:
     if inspect.isasyncgenfunction(function):
         return "async_generator"
@@ -197,33 +216,48 @@ def _inputs_of(function: Callable[..., Any], hints: dict[str, Any]) -> tuple[dic
     inputs: dict[str, Port] = {}
     context, open_inputs = None, False
     for name, parameter in inspect.signature(function).parameters.items():
-        if hints.get(name) is Context:
+        if _is_context(hints.get(name)):
+            if context is not None:
+                raise TypeError(f"{function.__name__}: {context} and {name} are both the Context")
             context = name
         elif parameter.kind is parameter.VAR_KEYWORD:
             open_inputs = True
         elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             default = REQUIRED if parameter.default is parameter.empty else parameter.default
-            inputs[name] = replace(_port_of(hints.get(name, Any)), name=name, default=default)
+            inputs[name] = _checked(replace(_port_of(hints.get(name, Any)), name=name, default=default))
         else:
             raise TypeError(f"{function.__name__}: the parameter {name} cannot be a port")
     return inputs, context, open_inputs
 
 
-def _outputs_of(hint: Any, outputs: Mapping[str, str | Port] | None, style: str) -> dict[str, Port]:
+def _is_context(hint: Any) -> bool:
+    return hint is Context or [item for item in get_args(hint) if item is not type(None)] == [Context]
+
+
+def _outputs_of(hint: Any, outputs: Mapping[str, str | Port] | None) -> dict[str, Port]:
+    if outputs is not None and not isinstance(outputs, Mapping):
+        raise TypeError(f"outputs is a map from port name to port type, not {outputs!r:.60}")
     if outputs:
         return {
-            name: replace(port, name=name) if isinstance(port, Port) else _typed(name, port)
+            name: _checked(replace(port, name=name) if isinstance(port, Port) else Port(name, port))
             for name, port in outputs.items()
         }
     if get_origin(hint) in _STREAMS:
         hint = get_args(hint)[0]
-    return {"output": replace(_port_of(hint), name="output")}
+    return {"output": _checked(replace(_port_of(hint), name="output"))}
 
 
-def _typed(name: str, type_name: str) -> Port:
-    if type_name not in PORT_TYPES:
-        raise TypeError(f"port {name}: there is no port type {type_name!r}")
-    return Port(name, type_name)
+def _checked(port: Port) -> Port:
+    if port.type not in PORT_TYPES:
+        raise TypeError(
+            f"port {port.name}: there is no port type {port.type!r}; there are {', '.join(sorted(PORT_TYPES))}"
+        )
+    if not port.required:
+        try:
+            json.dumps(port.default)
+        except (TypeError, ValueError) as failed:
+            raise TypeError(f"port {port.name}: its default cannot be told to hosts: {failed}") from None
+    return port
 
 
 def _port_of(hint: Any) -> Port:
@@ -233,6 +267,7 @@ def _port_of(hint: Any) -> Port:
     plain = [item for item in get_args(hint) if item is not type(None)]
     if get_origin(hint) not in (dict, list) and len(plain) == 1 and type(None) in get_args(hint):
         return _port_of(plain[0])  # Optional[T]
-    if set(plain) == {int, float}:
+    if plain in ([int, float], [float, int]):
         return Port(type="number")
-    return Port(type=_TYPES.get(get_origin(hint) or hint, "any"))
+    kind = get_origin(hint) or hint
+    return Port(type=_TYPES.get(kind, "any") if isinstance(kind, type) else "any")

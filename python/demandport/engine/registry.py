@@ -10,8 +10,8 @@ import hashlib
 import importlib
 import json
 import logging
-from collections.abc import Iterable
-from importlib.metadata import entry_points
+from collections.abc import Iterable, Iterator
+from importlib.metadata import EntryPoint, distributions
 
 from demandport.engine.node import DECLARED
 from demandport.graph.spec import NodeSpec
@@ -23,16 +23,31 @@ log = logging.getLogger(__name__)
 def load_specs(modules: Iterable[str]) -> dict[str, NodeSpec]:
     """Import `modules` and the installed packages' entry points; returns every node type declared by then.
 
-    A package whose module fails to import is logged and left out: it must not keep the service from starting.
+    A package whose module fails to import is logged and left out as a whole: it must not keep the service from
+    starting.
     """
     for module in modules:
         importlib.import_module(module)
-    for entry in entry_points(group=GROUP):
+    for package, entry in _entry_points():
+        before = dict(DECLARED)
         try:
             entry.load()
-        except Exception:
-            log.exception("the node package %r could not be loaded", entry.name)
+        except BaseException:  # also SystemExit
+            DECLARED.clear()
+            DECLARED.update(before)
+            log.exception("the nodes of the package %s (%s) could not be loaded", package, entry.value)
     return dict(DECLARED)
+
+
+def _entry_points() -> Iterator[tuple[str, EntryPoint]]:
+    for package in distributions():
+        try:
+            found = list(package.entry_points.select(group=GROUP))
+        except Exception:
+            log.exception("the nodes of a package could not be loaded: its entry points cannot be read")
+            continue
+        for entry in found:
+            yield package.name, entry
 
 
 def hash_of(specs: dict[str, NodeSpec]) -> str:

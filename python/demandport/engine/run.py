@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import anyio
-
 from demandport.engine.cell import Cell
+from demandport.engine.demand import Demand
 from demandport.engine.node import Context
-from demandport.errors import Cancelled, NodeFailed, from_exception
+from demandport.errors import Cancelled, DemandportError, NodeFailed, from_exception
 from demandport.graph.spec import NodeSpec
 
 if TYPE_CHECKING:
     from demandport.engine.executor import Executor
 
+log = logging.getLogger(__name__)
 #: A producer that never waits for anything lets the loop turn after this many chunks.
 CHUNKS_PER_TURN = 64
 
@@ -23,12 +25,14 @@ CHUNKS_PER_TURN = 64
 class Run:
     """Lends a `Context` what it needs, and keeps what was streamed until the node is done."""
 
-    def __init__(self, executor: Executor, cell: Cell) -> None:
+    def __init__(self, executor: Executor, cell: Cell, starting: Demand | None = None) -> None:
         self.cell = cell
         self.resources: Mapping[str, Any] = executor.resources
         self.cancelled = False
         self._executor = executor
-        self._scope = anyio.CancelScope()
+        #: Wants the cell, and does not listen yet.
+        self._starting = starting
+        self._task: asyncio.Task[Any] | None = None
         self._streamed: dict[str, list[Any]] = {}
         self._since_turn = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -37,23 +41,35 @@ class Run:
 
     async def execute(self, inputs: dict[str, Any]) -> None:
         """Run the node and report its outcome to the executor."""
-        self._loop = asyncio.get_running_loop()
-        outputs, error = None, None
-        with self._scope:
-            try:
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        outputs: dict[str, Any] | None = None
+        error: DemandportError = Cancelled("the node was cancelled", node=self.cell.node_id)
+        try:
+            if not self.cancelled:
                 outputs = await self._outputs(inputs)
-            except BaseException as raised:  # also SystemExit: a node must not end the service
-                if self._scope.cancel_called:
-                    raise
-                error = from_exception(raised, node=self.cell.node_id)
-        if outputs is None and error is None:
-            error = Cancelled("the node was cancelled", node=self.cell.node_id)
-        self._executor.run_ended(self, outputs, error)
+        except BaseException as raised:  # also SystemExit: a node must not end the service
+            if self._ends_with_the_service(raised):
+                raise
+            if self.cancelled and not isinstance(raised, asyncio.CancelledError):
+                log.warning("the node %r raised after it was cancelled", self.cell.node_id, exc_info=raised)
+            error = from_exception(raised, node=self.cell.node_id)
+        if self.cancelled:
+            # A cancel that came too late to be delivered must not be taken for one of the task group.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+        self._task = None
+        self._executor.run_ended(self, outputs, None if outputs is not None else error)
+
+    def _ends_with_the_service(self, raised: BaseException) -> bool:
+        assert self._task is not None
+        return isinstance(raised, asyncio.CancelledError) and not self.cancelled and self._task.cancelling() > 0
 
     def cancel(self) -> None:
-        """Nobody wants the outcome any more. Async nodes are cancelled; threads end when they look."""
+        """Nobody wants the outcome any more. Async nodes are cancelled, once, so that they may wait while they clean
+        up; threads end when they look."""
         self.cancelled = True
-        self._scope.cancel()
+        if self._task is not None:
+            self._task.cancel()
 
     def catch_up(self) -> Iterator[tuple[str, Any]]:
         """What was streamed so far, for a demand that joins: text of a port as one chunk."""
@@ -95,8 +111,8 @@ class Run:
         def call() -> Any:
             try:
                 return function()
-            except StopIteration as raised:  # no future can carry it
-                raise RuntimeError("the node raised StopIteration") from raised
+            except (StopIteration, GeneratorExit) as raised:  # no future, and no coroutine, can carry them
+                raise RuntimeError(f"the node raised {type(raised).__name__}") from raised
 
         return await asyncio.wrap_future(self._executor.threads.submit(call))
 
@@ -111,6 +127,9 @@ class Run:
     # -------------------------------------------------------------------------------- for the context
 
     async def emit(self, port: str, chunk: Any) -> None:
+        spec = self.cell.spec
+        if port not in spec.outputs:
+            raise NodeFailed(f"{spec.node_type} has no output port {port!r}; its outputs: {', '.join(spec.outputs)}")
         self._push(port, chunk)
         if type(chunk) is not str:
             for demand in list(self.cell.listeners):
@@ -124,7 +143,8 @@ class Run:
     def emit_from_thread(self, port: str, chunk: Any) -> None:
         if self.cancelled:
             raise Cancelled("nobody wants this node any more")
-        assert self._loop is not None
+        if self._loop is None or asyncio._get_running_loop() is self._loop:
+            raise RuntimeError("emit_from_thread is for nodes that run in a thread; async ones await ctx.emit")
         asyncio.run_coroutine_threadsafe(self.emit(port, chunk), self._loop).result()
 
     def event(self, event: str, fields: dict[str, Any]) -> None:
@@ -135,6 +155,8 @@ class Run:
             loop.call_soon_threadsafe(self._tell, event, fields)
 
     async def wait_input(self, port: str) -> Any:
+        if port not in self.cell.spec.inputs:
+            raise NodeFailed(f"{self.cell.spec.node_type} has no input port {port!r} to wait for")
         key = (self.cell.node_id, port)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         waiting = self.cell.owner.waiting_inputs
@@ -148,8 +170,9 @@ class Run:
 
     @property
     def deadline(self) -> float | None:
-        deadlines = [demand.deadline for demand in self.cell.listeners]
-        return None if not deadlines or None in deadlines else max(deadlines)
+        demands = self.cell.listeners or ([self._starting] if self._starting else ())
+        deadlines = [demand.deadline for demand in demands if demand.deadline is not None]
+        return max(deadlines) if deadlines and len(deadlines) == len(demands) else None
 
     def _push(self, port: str, chunk: Any) -> None:
         self._streamed.setdefault(port, []).append(chunk)
@@ -178,4 +201,7 @@ def normalised(spec: NodeSpec, returned: Any, extra: dict[str, Any] | None) -> d
     for name in outputs:
         if name not in spec.outputs:
             raise NodeFailed(f"{spec.node_type} gave a value for {name!r}; its outputs: {', '.join(spec.outputs)}")
+    if len(outputs) < len(spec.outputs) and not spec.branches:
+        forgotten = ", ".join(name for name in spec.outputs if name not in outputs)
+        raise NodeFailed(f"{spec.node_type} gave no value for {forgotten}; only a node with branches may leave one out")
     return outputs

@@ -177,7 +177,8 @@ class Session:
         self._graph = graph
         for operation in operations:
             if operation["op"] == "set_input":
-                self._answer_waiting(operation["node"], operation["port"], operation["value"])
+                node_id, port = operation["node"], operation["port"]
+                self._answer_waiting(node_id, port, graph.inputs[node_id][port])
         return stale
 
     def output(self, node_id: str, port: str) -> dict[str, Any]:

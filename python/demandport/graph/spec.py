@@ -112,20 +112,45 @@ Convert = Callable[[Any], Any]
 def converter(type_name: str) -> Convert | None:
     """How a value is made to fit an input of that type; None when every value fits as it is.
 
-    The function raises `TypeMismatch` for a value that cannot be made to fit. A None always passes: it stands for
-    "no value" in optional ports.
+    The function raises `TypeMismatch`, and nothing else, for a value that cannot be made to fit. A None always passes:
+    it stands for "no value" in optional ports.
     """
     return _CONVERTERS.get(type_name)
 
 
 def as_text(value: Any) -> str:
-    """Any value as text: strings as they are, the rest as JSON."""
+    """Any value as text: strings as they are, the rest as JSON.
+
+    Raises:
+        TypeMismatch: it has no text.
+    """
     if type(value) is str:
         return value
     try:
         return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
+        pass
+    try:
         return str(value)
+    except Exception as failed:  # an author's __str__ may raise anything
+        name, why = type(value).__name__, type(failed).__name__
+        raise TypeMismatch(f"wants text, and a value of type {name} cannot be shown: {why}") from None
+
+
+def read_json(text: str) -> Any:
+    """The value that JSON text stands for.
+
+    Raises:
+        ValueError: it is no JSON; NaN and infinities are none either.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _to_text(value: Any) -> Any:
@@ -160,13 +185,16 @@ def _to_json(value: Any) -> Any:
     if type(value) is not str:
         return value
     try:
-        return json.loads(value)
+        return read_json(value)
     except ValueError as failed:
         raise TypeMismatch(f"wants JSON, and the text does not parse: {failed}") from None
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # an author's __repr__ may raise anything
+        text = type(value).__name__
     return text if len(text) <= 60 else text[:57] + "..."
 
 

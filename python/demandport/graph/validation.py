@@ -73,6 +73,11 @@ def target_port(spec: NodeSpec, handle: str) -> Port | None:
     return port
 
 
+def has_value(data: Mapping[str, Any], port: Port) -> bool:
+    """Whether a node's data gives the port a value. In a port that takes any value, null is one; else it is none."""
+    return port.name in data and (data[port.name] is not None or converter(port.type) is None)
+
+
 def _check_node(graph: Graph, node: Node, specs: Mapping[str, NodeSpec], found: list[Problem]) -> None:
     spec = specs.get(node.node_type)
     if spec is None:
@@ -91,7 +96,7 @@ def _check_node(graph: Graph, node: Node, specs: Mapping[str, NodeSpec], found: 
             found.append(Problem("invalid_graph", message, "keep one of them or merge them", node.id, port.name))
         if port.name in given or port.name in by_port:
             continue
-        if port.name in node.data:
+        if has_value(node.data, port):
             _check_value(node, port, found)
         elif port.required:
             message = f"the port {port.name!r} of {node.id!r} has no value"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import math
 from typing import Annotated, Any
 
 from demandport.engine.node import Context, node
 from demandport.errors import MissingInput, TooLarge, TypeMismatch
-from demandport.graph.spec import Port, as_text
+from demandport.graph.spec import Port, as_text, read_json
 
 MAX_MEDIA_BYTES = 32 * 1024 * 1024
 _IMAGE_TYPES = (
@@ -50,6 +49,8 @@ def _number_of(value: Any) -> int | float:
             return int(value)
         except ValueError:
             return float(value)
+    if not isinstance(value, int | float):
+        raise TypeError
     return float(value)
 
 
@@ -66,6 +67,8 @@ def boolean_input(value: Annotated[Any, Port(type="any")] = False) -> bool:
 @node("selection-input", runs="inline", category="input", outputs={"value": "any"})
 def selection_input(value: Any = None, options: list[Any] = []) -> Any:  # noqa: B006 - read only
     """One of `data.options`, each a value or a map with `value`; the first when none is chosen."""
+    if not isinstance(options, list):
+        raise TypeMismatch(f"selection-input takes a list of options, not {options!r:.60}")
     values = [option.get("value") if isinstance(option, dict) else option for option in options]
     if value is None and values:
         return values[0]
@@ -75,11 +78,11 @@ def selection_input(value: Any = None, options: list[Any] = []) -> Any:  # noqa:
 
 
 @node("vector-input", runs="inline", category="input", outputs={"vector": "vector"})
-def vector_input(vector: Annotated[Any, Port(type="any")]) -> list[float]:
+def vector_input(vector: Annotated[Any, Port(type="any")] = []) -> list[float]:  # noqa: B006 - read only
     """A list of finite numbers, or JSON text of one."""
     if isinstance(vector, str):
         try:
-            vector = json.loads(vector)
+            vector = read_json(vector)
         except ValueError as failed:
             raise TypeMismatch(f"vector-input takes a list of numbers, and the text does not parse: {failed}") from None
     if not isinstance(vector, list) or not all(_is_finite(item) for item in vector):
@@ -88,13 +91,18 @@ def vector_input(vector: Annotated[Any, Port(type="any")]) -> list[float]:
 
 
 def _is_finite(item: Any) -> bool:
-    return isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item)
+    try:
+        return isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item)
+    except OverflowError:  # an integer too large for a float
+        return False
 
 
 @node("masked-text-input", runs="inline", category="input", outputs={"masked_prompt": "json"})
 def masked_text_input(segments: list[Any] = [], text: str = "") -> dict[str, Any]:  # noqa: B006 - read only
     """Text in segments, `{text, masked}` each."""
     found = segments or ([{"text": text, "masked": False}] if text else [])
+    if not isinstance(found, list):
+        raise TypeMismatch(f"masked-text-input takes a list of segments, not {found!r:.60}")
     for segment in found:
         if not isinstance(segment, dict) or not isinstance(segment.get("text"), str):
             raise TypeMismatch("masked-text-input takes segments of {text, masked}")

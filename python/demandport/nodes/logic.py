@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from typing import Annotated, Any
 
 from demandport.engine.node import node
 from demandport.errors import MissingInput, TypeMismatch
-from demandport.graph.spec import Port, as_text
+from demandport.graph.spec import Port, as_text, read_json
 
 MAX_CHECKED_BYTES = 4 * 1024 * 1024
 
@@ -22,7 +21,9 @@ def conditional(condition: bool, value: Any) -> dict[str, Any]:
 
 @node("merge", runs="inline", category="logic", outputs={"merged": "any", "count": "integer"})
 def merge(
-    inputs: Annotated[list[Any], Port(type="any", multiple=True)], separator: str = "\n", mode: str = ""
+    inputs: Annotated[list[Any], Port(type="any", multiple=True)] = [],  # noqa: B006 - read only
+    separator: str = "\n",
+    mode: str = "",
 ) -> dict[str, Any]:
     """Joins all its inputs in edge order: lists are concatenated, other values joined as text.
 
@@ -74,21 +75,26 @@ def validator(value: Any, schema: Annotated[Any, Port(type="json")] = None, kind
 
 
 def _against_schema(value: Any, schema: Any) -> list[str]:
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import SchemaError
+    # Its patterns cannot backtrack without end, and it fetches no reference, from a file or from a host.
+    from jsonschema_rs import Draft202012Validator, ValidationError
 
     try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError as wrong:
+        checker = Draft202012Validator(schema, offline=True)
+    except ValidationError as wrong:
         raise TypeMismatch(f"data.schema is no JSON Schema: {wrong.message}") from None
-    found = sorted(Draft202012Validator(schema).iter_errors(value), key=lambda error: list(map(str, error.path)))
-    return [f"{'.'.join(map(str, error.path)) or 'value'}: {error.message}" for error in found[:100]]
+    except ValueError as wrong:
+        raise TypeMismatch(f"data.schema is no JSON Schema: {wrong}") from None
+    try:
+        found = sorted((".".join(map(str, error.instance_path)), error.message) for error in checker.iter_errors(value))
+    except ValueError as wrong:
+        raise TypeMismatch(f"validator takes JSON values: {wrong}") from None
+    return [f"{path or 'value'}: {message}" for path, message in found[:100]]
 
 
 def _as_json(text: str) -> list[str]:
     try:
-        json.loads(text)
-    except (ValueError, RecursionError) as wrong:
+        read_json(text)
+    except ValueError as wrong:
         return [str(wrong)]
     return []
 

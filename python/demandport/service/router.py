@@ -422,7 +422,8 @@ class _DemandOut:
                 self._service.send(["demand_error", message[1], wrong.at(message[1]).to_wire(), lane, meta], lane)
             else:
                 service = self._service
-                asyncio.get_running_loop().call_soon(service._cancel_demand, lane, wrong.at(message[1]))
+                service._streams[lane].broken = wrong.at(message[1])
+                asyncio.get_running_loop().call_soon(service._cancel_demand, lane, wrong)
 
 
 _LATER = object()

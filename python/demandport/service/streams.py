@@ -42,6 +42,8 @@ class WireSink:
         self._roomless: list[asyncio.Future[None]] = []
         self._awaiting_room = False
         self.ended = False
+        #: What it streamed could not travel, so it cannot complete any more.
+        self.broken: DemandportError | None = None
 
     # ------------------------------------------------------------------------------- for the engine
 
@@ -69,6 +71,9 @@ class WireSink:
         self._out.send(["node_event", self.session, {**event, "demand_id": self.id}], self.id)
 
     def complete(self, outputs: dict[str, Any], meta: dict[str, Any]) -> None:
+        if self.broken is not None:
+            self.error(self.broken, meta)
+            return
         self._terminal = ["demand_complete", self._node, outputs, self.id, meta]
         if self._window.kept:
             self._flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,25 +49,34 @@ def check_travels(message: list[Any]) -> None:
     Raises:
         TypeMismatch: a map key is no string, or something is nested deeper than `MAX_DEPTH`.
     """
-    level: list[Any] = [item for item in message if isinstance(item, _CONTAINERS)]
+    level: list[Any] = [item for item in message if type(item) not in _SCALARS]
     for _ in range(MAX_DEPTH + 1):
         if not level:
             return
         below: list[Any] = []
         for outer in level:
-            items: Any = outer
-            if isinstance(outer, dict):
-                for key in outer:
-                    if not isinstance(key, str):
-                        raise TypeMismatch(f"map keys must be strings to travel, not {type(key).__name__}")
-                items = outer.values()
-            elif type(outer) is not list and hasattr(outer, "code"):  # msgpack's ExtType is a tuple
-                raise TypeMismatch("an ext type of its own cannot travel")
-            for item in items:
-                if isinstance(item, _CONTAINERS):
+            for item in _inner(outer):
+                if type(item) not in _SCALARS:
                     below.append(item)
         level = below
     raise TypeMismatch(f"a value nested deeper than {MAX_DEPTH} cannot travel")
 
 
-_CONTAINERS = (list, dict, tuple)
+def _inner(outer: Any) -> Iterable[Any]:
+    """What a container holds; nothing for what is none."""
+    if isinstance(outer, dict):
+        for key in outer:
+            if type(key) is not str and not isinstance(key, str):
+                raise TypeMismatch(f"map keys must be strings to travel, not {type(key).__name__}")
+        return outer.values()
+    if isinstance(outer, list):
+        return outer
+    if isinstance(outer, tuple):
+        if hasattr(outer, "code"):  # msgpack's ExtType is a tuple
+            raise TypeMismatch("an ext type of its own cannot travel")
+        return outer
+    return ()
+
+
+#: Types that hold nothing else; looked up by the type itself, since this stands in the way of every message.
+_SCALARS = frozenset({str, int, float, bool, type(None), bytes, ErlangTerm})
