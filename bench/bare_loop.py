@@ -33,7 +33,7 @@ def main() -> None:
     send(["ready", {"protocol": 1, "limits": {}}])
     flush()
     rest = b""
-    while data := os.read(0, 1 << 18):
+    while data := os.read(0, 1 << 16):
         data = rest + data
         position = 0
         while len(data) - position >= 4:

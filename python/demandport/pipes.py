@@ -14,7 +14,7 @@ import threading
 from asyncio import AbstractEventLoop
 from collections.abc import Callable
 
-# What a pipe holds by default. A larger buffer costs a mapping of memory for each read, however little comes.
+# What a pipe holds by default.
 READ_BYTES = 1 << 16
 # One write call takes at most this much: a pipe holds 64 KiB to 1 MiB, and joining more only copies it in vain.
 WRITE_BYTES = 1 << 18
@@ -101,6 +101,8 @@ class Reader:
     ) -> None:
         self._loop, self._fd, self._on_data, self._on_end = loop, fd, on_data, on_end
         os.set_blocking(fd, False)
+        # Read into one buffer: a new one for each read may cost the allocator a system call or more.
+        self._buffer = memoryview(bytearray(READ_BYTES))
         self._reading = False
         self._closed = False
 
@@ -125,7 +127,7 @@ class Reader:
 
     def _readable(self) -> None:
         try:
-            data = os.read(self._fd, READ_BYTES)
+            data = bytes(self._buffer[: os.readv(self._fd, (self._buffer,))])
         except (BlockingIOError, InterruptedError):
             return
         except OSError:

@@ -28,15 +28,12 @@ class WireSink:
     """
 
     def __init__(self, out: Out, message: DemandMessage) -> None:
-        options = message.options
         self.id = message.id
         self._out = out
         self.session = message.session
         self._node = message.node
-        self._coalesce_s = options.coalesce_ms / 1000
-        self._window = StreamWindow(
-            options.credit, coalesce_bytes=options.coalesce_bytes, coalescing=options.coalesce_ms > 0
-        )
+        self._options = message.options
+        self._opened: StreamWindow | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._terminal: Terminal | None = None
         self._roomless: list[asyncio.Future[None]] = []
@@ -54,11 +51,11 @@ class WireSink:
             self._send(sent)
         elif not room:
             self._await_room()
-        elif self._coalesce_s:
+        elif self._options.coalesce_ms:
             self._hold()
 
     def full(self) -> bool:
-        return self._window.full or not self._out.has_room()
+        return (self._opened is not None and self._opened.full) or not self._out.has_room()
 
     async def room(self) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -75,7 +72,7 @@ class WireSink:
             self.error(self.broken, meta)
             return
         self._terminal = ["demand_complete", self._node, outputs, self.id, meta]
-        if self._window.kept:
+        if self._opened is not None and self._opened.kept:
             self._flush()
         else:
             self._end()
@@ -100,6 +97,17 @@ class WireSink:
 
     # ------------------------------------------------------------------------------------- inside
 
+    @property
+    def _window(self) -> StreamWindow:
+        """Made when it is first needed: what is answered from the cache has no stream."""
+        window = self._opened
+        if window is None:
+            options = self._options
+            window = self._opened = StreamWindow(
+                options.credit, coalesce_bytes=options.coalesce_bytes, coalescing=options.coalesce_ms > 0
+            )
+        return window
+
     def _flush(self, *, held: bool = True) -> None:
         room = self._out.has_room()
         for sent in self._window.release(room, held=held or self._terminal is not None):
@@ -115,7 +123,9 @@ class WireSink:
         for sent in self._window.release(True, held=False):  # large enough already?
             self._send(sent)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._coalesce_s, self._held_long_enough)
+            self._timer = asyncio.get_running_loop().call_later(
+                self._options.coalesce_ms / 1000, self._held_long_enough
+            )
 
     def _held_long_enough(self) -> None:
         self._timer = None

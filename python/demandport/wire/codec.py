@@ -58,19 +58,9 @@ class MsgpackCodec:
         return payload
 
     def decode(self, payload: bytes) -> Message:
-        size = len(payload)
         try:
-            message = msgpack.unpackb(
-                payload,
-                object_pairs_hook=_checked_map,
-                ext_hook=_read_ext,
-                strict_map_key=False,
-                max_str_len=size,
-                max_bin_len=size,
-                max_array_len=size,
-                max_map_len=size,
-                max_ext_len=size,
-            )
+            # No length in it is believed that the payload's own could not hold: unpackb's default since msgpack 1.0.
+            message = msgpack.unpackb(payload, object_pairs_hook=_checked_map, ext_hook=_read_ext, strict_map_key=False)
             # Timestamps never reach the ext hook: find them where their bytes may stand at all.
             if b"\xff" in payload and _may_hold_timestamp(payload) and _holds(message, msgpack.Timestamp):
                 raise BadMessage("ext type -1 is not one of the protocol's")
@@ -80,7 +70,7 @@ class MsgpackCodec:
             raise BadMessage(f"not a msgpack message: {type(failed).__name__} {failed}") from None
         if type(message) is not list or not message:
             raise BadMessage("a message is a non-empty array")
-        if size > MAX_DEPTH:
+        if len(payload) > MAX_DEPTH:
             check_depth(message)
         return message
 
