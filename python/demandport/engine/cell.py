@@ -41,13 +41,18 @@ class Cell:
         listeners: demands that hear what it streams and reports.
         run: what runs it now, owned by the executor.
         broken: why it cannot run at all.
+        opened: gated, and its links have all been asked for.
+        counts_for: the demand that had it evaluated.
         gated: a node before it may leave outputs out, so its links are asked for in two steps.
         owner: the store it belongs to.
+        born: the store's clock when it was made.
     """
 
     __slots__ = (
+        "born",
         "broken",
         "constants",
+        "counts_for",
         "dependents",
         "gated",
         "links",
@@ -66,6 +71,7 @@ class Cell:
         self.node_id = node_id
         self.spec = spec
         self.owner = owner
+        self.born = owner.clock
         self.constants: dict[str, Any] = {}
         self.links: list[Link] = []
         self.outputs: dict[str, Any] = _NOTHING
@@ -77,6 +83,7 @@ class Cell:
         self.broken: DemandportError | None = None
         self.gated = False
         self.opened = False
+        self.counts_for: Any = None
 
 
 class _Form:
@@ -118,8 +125,12 @@ class CellStore:
         self._specs = specs
         self._forms: dict[str, _Form] = {}
         self.cells: dict[str, Cell] = {}
-        #: Runs that wait for a `set_input`, by (node, port).
-        self.waiting_inputs: dict[tuple[str, str], list[Any]] = {}
+        #: Number of edits so far.
+        self.clock = 0
+        #: The value last given by `set_input`, and when, by (node, port).
+        self.answers: dict[tuple[str, str], tuple[Any, int]] = {}
+        #: Futures of runs that wait for one.
+        self.waiting: dict[tuple[str, str], list[Any]] = {}
 
     def drop(self, graph: Graph, changed: set[str]) -> list[str]:
         """Forget the cells of `changed` and of all that depends on them; returns the ids that were forgotten."""
@@ -132,6 +143,19 @@ class CellStore:
                 dropped.append(node_id)
                 stack.extend(edge.target for edge in graph.outgoing.get(node_id, ()))
         return dropped
+
+    def take_answers(self, graph: Graph, ports: list[tuple[str, str]]) -> None:
+        """Values were given for these ports, for runs that wait for them now or will."""
+        self.clock += 1
+        for node_id, port in ports:
+            given = graph.inputs.get(node_id, {})
+            if port in given:
+                self.answers[node_id, port] = given[port], self.clock
+            else:
+                self.answers.pop((node_id, port), None)
+            for future in self.waiting.get((node_id, port), ()):
+                if not future.done():
+                    future.set_result(None)
 
     def cell(self, graph: Graph, node_id: str) -> Cell:
         """The cell of a node as the graph stands, built with all it depends on where needed."""
@@ -211,7 +235,7 @@ def _fill_constants(
     constants = cell.constants
     for name, port in cell.spec.inputs.items():
         if given and name in given:
-            constants[name] = _fitted(name, port.type, given[name], port.multiple)
+            constants[name] = given[name]  # made to fit when it was set
         elif name in linked:
             continue
         elif has_value(data, port):

@@ -55,15 +55,15 @@ class Executor:
             return
         if demand.events:
             demand.event("demand_started", cell.node_id)
-            self._listen(demand)
+            self._listen(demand, cell)
         cell.dependents[demand] = None
         if cell.state == IDLE:
             self._starting = demand
-            self._activate([cell])
+            self._activate([cell], demand)
             self._drain()
             self._starting = None
         if not demand.ended and not demand.events:
-            self._listen(demand)
+            self._listen(demand, cell)
 
     def stop(self, demand: Demand, error: DemandportError) -> None:
         """End a demand early, and let go of what only it wanted."""
@@ -72,19 +72,24 @@ class Executor:
         if demand in cell.dependents:
             self._leave([(cell, demand)])
 
-    def _listen(self, demand: Demand) -> None:
-        """Have the demand hear every cell it still needs; what has been streamed already comes at once."""
-        seen = {demand.cell}
-        stack = [demand.cell]
+    def _listen(self, demand: Demand, wanted: Cell) -> None:
+        """Have the demand hear every cell it needs for `wanted`; what has been streamed already comes at once.
+
+        What a gated cell reads beyond its first links is needed once it is opened.
+        """
+        seen = {wanted}
+        stack = [wanted]
         while stack:
             cell = stack.pop()
-            if demand.events or cell.spec.runs != "inline" or cell.spec.context is not None:
+            if demand not in cell.listeners and (
+                demand.events or cell.spec.runs != "inline" or cell.spec.context is not None
+            ):
                 cell.listeners[demand] = None
                 demand.listening.append(cell)
-            if cell.run is not None:
-                for port, text in cell.run.catch_up():
-                    demand.sink.chunk(cell.node_id, port, text)
-            for link in cell.links:
+                if cell.run is not None:
+                    for port, text in cell.run.catch_up():
+                        demand.sink.chunk(cell.node_id, port, text)
+            for link in _first_links(cell) if cell.gated and not cell.opened else cell.links:
                 source = link.source
                 if source.state < DONE and source not in seen:
                     seen.add(source)
@@ -92,14 +97,14 @@ class Executor:
 
     # ------------------------------------------------------------------------------- waiting and readiness
 
-    def _activate(self, cells: list[Cell]) -> None:
-        """Have idle cells, and the cells that they read, evaluated."""
-        stack = cells
+    def _activate(self, stack: list[Cell], demand: Demand) -> None:
+        """Have idle cells, and the cells that they read, evaluated; they count for `demand`."""
         ran, cached = 0, set()
         for cell in stack:
             cell.state = WAITING
         while stack:
             cell = stack.pop()
+            cell.counts_for = demand
             ran += 1
             cell.opened = not cell.gated
             missing = 0
@@ -118,24 +123,26 @@ class Executor:
             cell.missing = missing
             if not missing:
                 self._ready.append(cell)
-        if self._starting is not None:
-            self._starting.ran += ran
-            self._starting.cached += len(cached)
+        demand.ran += ran
+        demand.cached += len(cached)
 
     def _open(self, cell: Cell) -> bool:
         """The second step of a gated cell: it will not be skipped, so ask for its other links. True if it must wait."""
         cell.opened = True
-        idle = []
+        needed, idle = [], []
         for link in cell.links:
             source = link.source
             if source.state < DONE and cell not in source.dependents:
                 source.dependents[cell] = None
                 cell.missing += 1
+                needed.append(source)
                 if source.state == IDLE:
                     source.state = WAITING
                     idle.append(source)
         for source in idle:
-            self._activate([source])
+            self._activate([source], cell.counts_for)
+        for demand in _demands_on(cell) if _may_stream(needed) else list(cell.listeners):
+            self._listen(demand, cell)
         return cell.missing > 0
 
     def _drain(self) -> None:
@@ -240,6 +247,7 @@ class Executor:
         """Every demand that needs the cell fails. Nothing of a failure is kept: the next demand tries again."""
         self._tell(cell, "task_failed", {"error": error.to_wire()})
         leaving: list[tuple[Cell, Any]] = []
+        demands: list[Demand] = []
         failed = [cell]
         while failed:
             current = failed.pop()
@@ -252,8 +260,10 @@ class Executor:
                         failed.append(dependent)
                         leaving.extend((link.source, dependent) for link in dependent.links)
                 else:
-                    dependent.fail(error)
+                    demands.append(dependent)
         self._leave(leaving)
+        for demand in demands:  # last, since the end of one may start another that wants the same cells
+            demand.fail(error)
 
     def _leave(self, leaving: list[tuple[Cell, Any]]) -> None:
         """Dependents leave cells; a cell that nobody wants any more leaves the cells it reads."""
@@ -283,6 +293,35 @@ class _Skipped(Exception):
 def _first_links(cell: Cell) -> Iterable[Link]:
     """The links that decide whether a gated cell runs at all: those whose value may turn out to be left out."""
     return [link for link in cell.links if link.source.gated or link.source.spec.branches]
+
+
+def _may_stream(cells: list[Cell]) -> bool:
+    """Whether a demand could hear anything of `cells` and of what they read."""
+    stack, seen = list(cells), set(cells)
+    while stack:
+        cell = stack.pop()
+        if cell.spec.runs != "inline" or cell.spec.context is not None:
+            return True
+        for link in cell.links:
+            if link.source.state < DONE and link.source not in seen:
+                seen.add(link.source)
+                stack.append(link.source)
+    return False
+
+
+def _demands_on(cell: Cell) -> list[Demand]:
+    """The demands that want `cell`, directly or for what reads it."""
+    found: dict[Demand, None] = {}
+    seen: set[Cell] = set()
+    stack = [cell]
+    while stack:
+        for dependent in stack.pop().dependents:
+            if type(dependent) is not Cell:
+                found[dependent] = None
+            elif dependent not in seen:
+                seen.add(dependent)
+                stack.append(dependent)
+    return list(found)
 
 
 def _is_skipped(cell: Cell) -> bool:

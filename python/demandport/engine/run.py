@@ -34,6 +34,8 @@ class Run:
         self._starting = starting
         self._task: asyncio.Task[Any] | None = None
         self._streamed: dict[str, list[Any]] = {}
+        #: When the last answer was given that the node has had, by port.
+        self._answered: dict[str, int] = {}
         self._since_turn = 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -157,16 +159,22 @@ class Run:
     async def wait_input(self, port: str) -> Any:
         if port not in self.cell.spec.inputs:
             raise NodeFailed(f"{self.cell.spec.node_type} has no input port {port!r} to wait for")
-        key = (self.cell.node_id, port)
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        waiting = self.cell.owner.waiting_inputs
-        waiting.setdefault(key, []).append(future)
-        try:
-            return await future
-        finally:
-            waiting[key].remove(future)
-            if not waiting[key]:
-                del waiting[key]
+        key, store = (self.cell.node_id, port), self.cell.owner
+        while True:
+            # Also one that came before the node asked, but after the demand: a host may send both at once.
+            value, given_at = store.answers.get(key, (None, -1))
+            if given_at > self._answered.get(port, self.cell.born):
+                self._answered[port] = given_at
+                return value
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            waiting = store.waiting.setdefault(key, [])
+            waiting.append(future)
+            try:
+                await future
+            finally:
+                waiting.remove(future)
+                if not waiting and store.waiting.get(key) is waiting:
+                    del store.waiting[key]
 
     @property
     def deadline(self) -> float | None:
@@ -175,6 +183,8 @@ class Run:
         return max(deadlines) if deadlines and len(deadlines) == len(demands) else None
 
     def _push(self, port: str, chunk: Any) -> None:
+        if self.cell.run is not self:
+            return  # let go, and perhaps run anew meanwhile
         self._streamed.setdefault(port, []).append(chunk)
         node_id = self.cell.node_id
         for demand in self.cell.listeners:

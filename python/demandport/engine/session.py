@@ -175,10 +175,8 @@ class Session:
         graph, changed = apply(before, operations, self._specs)
         stale = self._store.drop(before, changed)
         self._graph = graph
-        for operation in operations:
-            if operation["op"] == "set_input":
-                node_id, port = operation["node"], operation["port"]
-                self._answer_waiting(node_id, port, graph.inputs[node_id][port])
+        given = ("set_input", "clear_input")
+        self._store.take_answers(graph, [(o["node"], o["port"]) for o in operations if o["op"] in given])
         return stale
 
     def output(self, node_id: str, port: str) -> dict[str, Any]:
@@ -211,8 +209,3 @@ class Session:
         cell = self._store.cells.get(node_id)
         state = cell.state if cell else None
         return {DONE: "fresh", SKIPPED: "skipped", RUNNING: "running"}.get(state, "stale")  # type: ignore[arg-type]
-
-    def _answer_waiting(self, node_id: str, port: str, value: Any) -> None:
-        for future in self._store.waiting_inputs.get((node_id, port), ()):
-            if not future.done():
-                future.set_result(value)
