@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import select
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from demandport.wire.codec import MsgpackCodec
+from demandport.wire.codec import codec_named
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = Path(os.environ.get("DEMANDPORT_CODE", ROOT / "python"))
 TIMEOUT_S = 20.0
+#: What the specification promises: at the end, the service and all it started are gone within this time.
+END_S = 2.0
 
 NODES = """
-import asyncio, ctypes, os, subprocess, sys, time
+import asyncio, multiprocessing, os, subprocess, sys, time
 from typing import Any
 from demandport import Context, node
+from stray import print_in_every_way
 
 @node("t-stray")
 def stray(text: str = "") -> str:
-    print("stray from print", flush=True)
-    os.write(1, b"stray from write\\n")
-    libc = ctypes.CDLL(None)
-    libc.printf(b"stray from C\\n")
-    libc.fflush(None)
-    subprocess.run(["echo", "stray from a child"], check=True)
+    print_in_every_way("a node")
     return "done"
+
+@node("t-child")
+def child(how: str) -> int:
+    if how == "exec":
+        return subprocess.Popen(["sleep", "1000"], close_fds=False).pid
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
+    process.start()
+    return process.pid
 
 @node("t-block")
 def block(path: str) -> str:
@@ -47,9 +57,9 @@ async def chunks(chunks: list[Any]):
         yield chunk
 
 @node("t-objects", outputs={"items": "json"})
-async def objects(ctx: Context, count: int, seen: str = ""):
+async def objects(ctx: Context, count: int, padding: str = ""):
     for number in range(count):
-        yield {"n": number}
+        yield {"n": number, "padding": padding}
 
 @node("t-flood", outputs={"text": "string"})
 async def flood(count: int, chunk: str = "x"):
@@ -98,8 +108,9 @@ async def wait(x: int = 0) -> str:
     await asyncio.Event().wait()
 
 @node("t-spin", runs="inline")
-def spin(x: int = 0) -> str:
-    time.sleep(30)
+def spin(gate: str) -> str:
+    open(gate, "w").close()
+    time.sleep(1000)
     return ""
 
 @node("t-raise")
@@ -111,6 +122,7 @@ def fail(x: int = 0) -> str:
 def node_package(folder: Path) -> Path:
     """An installed package (by its metadata) whose entry point declares the test nodes; returns its folder."""
     (folder / "demandport_test_nodes.py").write_text(NODES)
+    shutil.copy(ROOT / "tests" / "stray.py", folder)
     about = folder / "demandport_test_nodes-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: demandport-test-nodes\nVersion: 1.0\n")
@@ -120,6 +132,11 @@ def node_package(folder: Path) -> Path:
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "demandport", "serve", *arguments]
+
+
+def count(quick: int, soak: int) -> int:
+    """How often: `quick` by `make test`, `soak` by `make soak`."""
+    return soak if os.environ.get("DEMANDPORT_SOAK") else quick
 
 
 def environment(*folders: Path) -> dict[str, str]:
@@ -135,16 +152,35 @@ class Ended(Exception):
 
 
 class ServiceProcess:
-    """A service and the host's ends of its two pipes. Every wait has a limit."""
+    """A service and the host's ends of its two pipes. Every wait has a limit.
 
-    def __init__(self, *arguments: str, nodes: Path | None = None, greet: bool = True) -> None:
-        self.codec = MsgpackCodec()
+    Args:
+        arguments: of `demandport serve`.
+        nodes, folders: where the service finds packages, first.
+        env: variables of the environment to set.
+        through: a program that is given the service's command and hands frames on, both ways. `pid` and `process` are
+            its own then.
+        greet: read `ready` at once.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        nodes: Path | None = None,
+        folders: Sequence[Path] = (),
+        env: Mapping[str, str] | None = None,
+        through: Sequence[str] = (),
+        greet: bool = True,
+    ) -> None:
+        self.codec = codec_named("etf" if "etf" in arguments else "msgpack")
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - not a pipe, which would fill up
+        fcntl.fcntl(self.errors, fcntl.F_SETFL, os.O_APPEND)
         self.process = subprocess.Popen(
-            command(*arguments),
+            [*through, *command(*arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment(*([nodes] if nodes else [])),
+            stderr=self.errors,
+            env=environment(*folders, *([nodes] if nodes else [])) | dict(env or {}),
             bufsize=0,
         )
         assert self.process.stdin and self.process.stdout
@@ -153,7 +189,12 @@ class ServiceProcess:
         self.parts: dict[int, bytearray] = {}
         self.part_numbers: list[int] = []
         self._id = 1 << 32
-        self.ready = self.receive() if greet else None
+        try:
+            self.ready = self.receive() if greet else None
+        except BaseException:
+            print(self.stderr(), file=sys.stderr)
+            self.__exit__()
+            raise
 
     @property
     def pid(self) -> int:
@@ -164,11 +205,11 @@ class ServiceProcess:
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
-            self.process.kill()
+            kill(family(self.pid))
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-            assert pipe
-            pipe.close()
+        for file in (self.process.stdin, self.process.stdout, self.errors):
+            assert file
+            file.close()
 
     def new_id(self) -> int:
         self._id += 1
@@ -177,7 +218,7 @@ class ServiceProcess:
     def send(self, *messages: list[Any]) -> None:
         self.write(b"".join(framed(self.codec.encode(message)) for message in messages))
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Write all, reading meanwhile, so that both directions may be full."""
         rest = memoryview(data)
         os.set_blocking(self.fd_in, False)
@@ -192,6 +233,18 @@ class ServiceProcess:
                 self.raw += data
             if writable:
                 rest = rest[os.write(self.fd_in, rest[: 1 << 16]) :]
+
+    def write_alone(self, data: bytes) -> memoryview:
+        """Write without reading for as long as the service takes it; returns what it did not take."""
+        process, rest = psutil.Process(self.pid), memoryview(data)
+        os.set_blocking(self.fd_in, False)
+        while rest:
+            if not select.select([], [self.fd_in], [], 0.1)[1]:
+                settle(process)
+                if not select.select([], [self.fd_in], [], 0)[1]:
+                    break
+            rest = rest[os.write(self.fd_in, rest[: 1 << 16]) :]
+        return rest
 
     def payload(self, timeout_s: float = TIMEOUT_S) -> bytes:
         """The next frame's payload."""
@@ -254,10 +307,22 @@ class ServiceProcess:
     def ping(self) -> None:
         assert self.request("ping")[2] == "pong"
 
+    def says_nothing_more(self) -> None:
+        """The reply to a ping comes next: whatever was sent before it would come first."""
+        id = self.new_id()
+        self.send(["ping", id])
+        assert self.receive() == ["ok", id, "pong"]
+
     def end(self) -> None:
         """Close the service's input."""
         assert self.process.stdin
         self.process.stdin.close()
+
+    def hang_up(self) -> None:
+        """Close the service's output and have it write."""
+        assert self.process.stdout
+        self.process.stdout.close()
+        os.write(self.fd_in, framed(self.codec.encode(["ping", self.new_id()])))
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -266,27 +331,84 @@ class ServiceProcess:
         return self.process.wait(TIMEOUT_S)
 
     def stderr(self) -> str:
-        """All of stderr, after the end."""
-        assert self.process.stderr
-        return self.process.stderr.read().decode()
+        """What was written to stderr so far."""
+        self.errors.seek(0)
+        return self.errors.read().decode()
 
 
 def is_terminal(id: int) -> Callable[[list[Any]], bool]:
     return lambda m: m[0] in ("demand_complete", "demand_error") and m[3] == id
 
 
-def gone(pids: list[int], timeout_s: float = 5.0) -> bool:
-    """Whether all of these processes end in time (a zombie has ended)."""
+class Gate:
+    """A FIFO that something elsewhere opens, and so says that it got there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "gate"
+        os.mkfifo(self.path)
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def wait(self) -> None:
+        """Wait until it has been opened; for once."""
+        opened = select.select([self._fd], [], [], TIMEOUT_S)[0]
+        os.close(self._fd)
+        assert opened, "nothing came to the gate"
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all that it started."""
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def gone(processes: Sequence[psutil.Process], timeout_s: float = END_S) -> bool:
+    """Whether all of these processes end in time. Those that do not are killed."""
+    if _eventually(lambda: not any(map(lives, processes)), timeout_s):
+        return True
+    kill(processes)
+    return False
+
+
+def kill(processes: Sequence[psutil.Process]) -> None:
+    """Kill those of the processes that still are there."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether a process has not ended (a zombie has)."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def settle(process: psutil.Process) -> int:
+    """Wait until a process has done all it can and waits; returns the most memory it had meanwhile, in bytes.
+
+    A process that only gets no turn is not asleep, so a busy machine makes this longer and not wrong.
+    """
+    peak, spent, calm = 0, -1.0, 0
+
+    def look() -> bool:
+        nonlocal peak, spent, calm
+        before, spent = spent, sum(process.cpu_times()[:2])
+        peak = max(peak, process.memory_info().rss)
+        calm = calm + 1 if process.status() == psutil.STATUS_SLEEPING and spent == before else 0
+        return calm == 20
+
+    assert _eventually(look, 60.0), "it does not come to rest"
+    return peak
+
+
+def _eventually(condition: Callable[[], bool], timeout_s: float) -> bool:
     end = time.monotonic() + timeout_s
-    while any(_lives(pid) for pid in pids):
+    while not condition():
         if time.monotonic() > end:
             return False
         select.select([], [], [], 0.01)
     return True
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

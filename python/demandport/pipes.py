@@ -7,10 +7,12 @@ on pipes that the peer gave to this process alone; fd 2 is never touched.
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import select
 import stat
 import threading
+import time
 from asyncio import AbstractEventLoop
 from collections.abc import Callable
 
@@ -55,12 +57,20 @@ def claim(fd_in: int, fd_out: int) -> tuple[int, int]:
         _require_pipe(fd, role)
     stdin, stdout = protect_stdio()
     if (fd_in, fd_out) == (0, 1):
-        return stdin, stdout
-    os.close(stdin)
-    os.close(stdout)
-    os.set_inheritable(fd_in, False)
-    os.set_inheritable(fd_out, False)
+        fd_in, fd_out = stdin, stdout
+    else:
+        os.close(stdin)
+        os.close(stdout)
+        os.set_inheritable(fd_in, False)
+        os.set_inheritable(fd_out, False)
+    # A node may fork: its child must not keep the host from seeing the end of this process.
+    os.register_at_fork(after_in_child=functools.partial(_close, fd_in, fd_out))
     return fd_in, fd_out
+
+
+def _close(*fds: int) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _require_pipe(fd: int, role: str) -> None:
@@ -86,6 +96,19 @@ def watch_end(fd: int, on_end: Callable[[], None]) -> None:
         on_end()
 
     threading.Thread(target=wait, name="watch-end", daemon=True).start()
+
+
+def drain(fd: int, quiet_s: float, limit_s: float) -> None:
+    """Read and drop what comes on `fd` until its end, or nothing has come for `quiet_s`, or for `limit_s`; blocks."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end and poller.poll(quiet_s * 1000):
+        try:
+            if not os.read(fd, READ_BYTES):
+                return
+        except OSError:
+            return
 
 
 class Reader:

@@ -8,16 +8,9 @@ import signal
 import subprocess
 import sys
 
+from stray import print_in_every_way
+
 from demandport.workers.child import Channel
-
-
-def print_in_every_way() -> None:
-    libc = ctypes.CDLL(None)
-    print("stray from print", flush=True)
-    os.write(1, b"stray from write\n")
-    libc.puts(b"stray from C")
-    libc.fflush(None)
-    subprocess.run(["echo", "stray from a child"], check=True)
 
 
 def main() -> None:
@@ -28,7 +21,7 @@ def main() -> None:
         message = channel.receive()
         assert message is not None
         if message[0] == "print":
-            print_in_every_way()
+            print_in_every_way("a worker")
             channel.send(["printed"])
         elif message[0] == "echo":
             channel.send(message)

@@ -18,6 +18,7 @@ from demandport import errors
 from demandport.inference.backend import Finished, GenerateRequest, ModelSpec, TextChunk
 from demandport.inference.gateway import Gateway
 from demandport.workers.process import WorkerProcess, kill_all, live_workers
+from support import gone
 
 pytest.importorskip("llama_cpp")
 HERE = Path(__file__).resolve().parent
@@ -66,15 +67,6 @@ def with_gateway(body):
             await gateway.close()
 
     run(main())
-
-
-def gone(pid):
-    """Wait until a process that is not our child has ended."""
-    try:
-        psutil.Process(pid).wait(timeout=LIMIT_S)
-    except psutil.NoSuchProcess:
-        return
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 # ---------------------------------------------------------------------------------------- generation
@@ -378,7 +370,7 @@ class Ends:
 
 @pytest.fixture(autouse=True)
 def _find_the_test_worker(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(PACKAGE)]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (HERE, HERE.parent, PACKAGE))))
 
 
 def test_no_stray_print_reaches_the_pipe():
@@ -457,16 +449,16 @@ def test_a_grandchild_goes_with_its_worker():
     async def body():
         worker = Ends()
         await worker.messages.get()
-        _, grandchild = await worker.ask("grandchild")
+        grandchild = psutil.Process((await worker.ask("grandchild"))[1])
         os.kill(worker.process.pid, signal.SIGKILL)
         await worker.exited.wait()
-        gone(grandchild)
+        assert gone([grandchild])
 
     run(body())
 
 
 SERVICE = """
-import asyncio, os, signal, sys
+import asyncio, sys
 from demandport.inference.backend import GenerateRequest, ModelSpec
 from demandport.inference.gateway import Gateway
 from demandport.workers.process import WorkerProcess, live_workers
@@ -480,7 +472,7 @@ async def main():
                                      on_exit=print)
         worker.send(["sleep_in_c"])
         await asked.wait()
-    elif sys.argv[1] == "loading":
+    elif sys.argv[1] == "starting":
         load = asyncio.ensure_future(gateway.load_model(ModelSpec("tiny")))
         while not live_workers():
             await asyncio.sleep(0)
@@ -488,22 +480,23 @@ async def main():
         events = await gateway.generate(GenerateRequest(prompt="cats", grammar="root ::= [a-z ]{450}"))
         await anext(events)
     print(live_workers()[0].pid, flush=True)
-    os.kill(os.getpid(), signal.SIGSTOP if sys.argv[2] == "stop" else signal.SIGKILL)
+    await asyncio.Event().wait()
 
 asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("when", ["loading", "in C", "generating"])
-@pytest.mark.parametrize("first", ["kill", "stop"])
-def test_no_orphan_after_the_service_is_killed(when, first):
-    service = subprocess.Popen([sys.executable, "-c", SERVICE, when, first], stdout=subprocess.PIPE, text=True)
-    with service:
+@pytest.mark.parametrize("when", ["starting", "in C", "generating"])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_no_orphan_after_the_service_is_killed(when, stopped):
+    with subprocess.Popen([sys.executable, "-c", SERVICE, when], stdout=subprocess.PIPE, text=True) as service:
         try:
-            pid = int(service.stdout.readline())
+            worker = psutil.Process(int(service.stdout.readline()))
+            if stopped:
+                service.send_signal(signal.SIGSTOP)
         finally:
             service.kill()
-    gone(pid)
+    assert gone([worker])
 
 
 def test_the_service_process_never_imports_llama_cpp():

@@ -425,6 +425,23 @@ async def test_a_demand_does_not_hear_what_hangs_on_the_other_branch(lab: Lab) -
     assert whole.chunks("stream") == []
 
 
+@engine_test
+async def test_what_a_branch_asks_for_is_heard_from_its_start(lab: Lab) -> None:
+    """Another demand had the stream run already when the branch was taken."""
+    session = lab.open(FORK | {"in": "t-gate", "only_yes": "t-stream"}, FORK_EDGES)
+    other, demand = lab.demand(session, "only_yes"), lab.demand(session, "all", events=True)
+    lab.feed("only_yes", "one ", "two ")
+    await until(lambda: len(other.chunks("only_yes")) == 2)
+    assert demand.chunks("only_yes") == []
+    lab.open_gates("in")
+    await settled()
+    assert demand.chunks("only_yes") == ["one two "]
+    lab.feed("only_yes", "three", None)
+    assert (await demand).output == "all(yesin()(one two three))"
+    assert demand.chunks("only_yes") == ["one two ", "three"]
+    assert ("task_completed", "only_yes") in demand.events() and ("task_completed", "yes") in demand.events()
+
+
 # ------------------------------------------------------------------------------------------------ single flight
 
 
@@ -914,15 +931,26 @@ async def test_a_demand_sees_the_graph_of_its_place_in_the_timeline(
         await until(lambda: lab.runs("g") == [1])
     session.edit(operations)
     later = lab.demand(session, "z")
-    session.edit([{"op": "remove_node", "node": "z"}])
-    with pytest.raises(UnknownNode):
-        lab.demand(session, "z")
     await settled()
-    assert (not before.ended and not later.ended) or "g" not in session.snapshot()["states"]
+    assert not before.ended
     lab.open_gates("g", "block")
     assert (await before).output == "z(g(a1()))"
     assert (await later).output == after
     assert lab.runs("a", "g", "z") == runs
+
+
+@pytest.mark.parametrize("queued", [False, True])
+@engine_test
+async def test_a_demand_outlives_its_node(lab: Lab, queued: bool) -> None:
+    session = lab.open(LINE | {"block": "t-gate"}, "a>g g>z", max_running=1 if queued else 9)
+    lab.demand(session, "block")
+    demand = lab.demand(session, "z")
+    session.edit([{"op": "remove_node", "node": name} for name in LINE])
+    with pytest.raises(UnknownNode):
+        lab.demand(session, "z")
+    lab.open_gates("g", "block")
+    assert (await demand).output == "z(g(a1()))"
+    assert session.snapshot()["states"] == {"block": "fresh"}
 
 
 DIAMOND = {name: "t-step" for name in "abcde"}

@@ -42,7 +42,7 @@ class Cell:
         run: what runs it now, owned by the executor.
         broken: why it cannot run at all.
         opened: gated, and its links have all been asked for.
-        counts_for: the demand that had it evaluated.
+        counts_for: the demand that had it evaluated, while it is gated and not done.
         gated: a node before it may leave outputs out, so its links are asked for in two steps.
         owner: the store it belongs to.
         born: the store's clock when it was made.

@@ -104,8 +104,9 @@ class Executor:
             cell.state = WAITING
         while stack:
             cell = stack.pop()
-            cell.counts_for = demand
             ran += 1
+            if cell.gated:
+                cell.counts_for = demand
             cell.opened = not cell.gated
             missing = 0
             for link in _first_links(cell) if cell.gated else cell.links:
@@ -231,6 +232,7 @@ class Executor:
     def _finished(self, cell: Cell, outputs: dict[str, Any], state: int) -> None:
         cell.outputs = outputs
         cell.state = state
+        cell.counts_for = None
         if cell.listeners:
             self._tell(cell, "task_completed", {"skipped": True} if state == SKIPPED else None)
         dependents, cell.dependents = cell.dependents, {}
@@ -252,6 +254,7 @@ class Executor:
         while failed:
             current = failed.pop()
             current.state = IDLE
+            current.counts_for = None
             dependents, current.dependents = current.dependents, {}
             for dependent in dependents:
                 if type(dependent) is Cell:
@@ -277,6 +280,7 @@ class Executor:
                 run, cell.run = cell.run, None
                 run.cancel()
             cell.state = IDLE
+            cell.counts_for = None
 
     def _tell(self, cell: Cell, event: str, fields: dict[str, Any] | None = None) -> None:
         for demand in list(cell.listeners):

@@ -22,7 +22,8 @@ def apply(graph: Graph, operations: list[Any], specs: Specs) -> tuple[Graph, set
         DemandportError: an operation is malformed or leaves a graph that cannot run; `graph` is as it was.
     """
     for index, operation in enumerate(operations):
-        if not isinstance(operation, dict) or operation.get("op") not in _OPERATIONS:
+        name = operation.get("op") if isinstance(operation, dict) else None
+        if not isinstance(name, str) or name not in _OPERATIONS:
             raise BadMessage(f"operations[{index}].op must be one of {', '.join(_OPERATIONS)}")
     structural = any(_OPERATIONS[operation["op"]][1] for operation in operations)
     edited = graph.copy(structure=structural)

@@ -25,7 +25,7 @@ from demandport.engine.registry import load_specs
 from demandport.errors import Internal
 from demandport.inference.gateway import Gateway
 from demandport.nodes import BUILT_IN
-from demandport.pipes import Reader, Writer, watch_end
+from demandport.pipes import Reader, Writer, drain, watch_end
 from demandport.service.router import Service
 from demandport.wire.codec import codec_named
 from demandport.wire.connection import Connection
@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 #: After the end of input, what is left to do (answering what was read, stopping workers) may take this long.
 GRACE_S = 1.0
+#: A host that was told goodbye while it still writes hears it only once its write is done: what it writes is read, and
+#: dropped, until nothing has come for this long.
+QUIET_S = 0.1
 #: The thread that sees the end of input even while the loop is held up ends the process after this long.
 HARD_END_S = 1.8
 
@@ -117,9 +120,11 @@ async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
         reader.start()
         status = await ended
         reader.pause()
-        gateway.kill()
-        writer.flush_blocking(GRACE_S)
         # Deliver first, then take down: nothing below can cost the host an answer.
+        writer.flush_blocking(GRACE_S)
+        if status:
+            drain(fd_in, QUIET_S, GRACE_S)
+        kill_all()
         os._exit(status)
     raise AssertionError("the task group ended before the service did")
 

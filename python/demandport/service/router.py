@@ -89,6 +89,8 @@ class Service:
         self._roomless: deque[asyncio.Future[None]] = deque()
         self._idle: list[asyncio.Future[None]] = []
         self._paused = False
+        #: Messages that were read and not yet handled.
+        self._read: deque[Any] = deque()
         self._draining = False
         self._last_demand = 0
         self._completed = 0
@@ -119,17 +121,24 @@ class Service:
 
     def receive(self, data: bytes) -> None:
         """Handle every message that `data` completes, in order, and write what comes of them at once."""
+        self._read.extend(self._connection.receive(data))
+        self._work()
+
+    def _work(self) -> None:
+        """Handle what was read, unless the host is far behind with reading the answers."""
         self._writer.cork()
         try:
-            self._handle(self._connection.receive(data))
+            self._handle(self._read)
         finally:
             self._writer.uncork()
-        if not self._paused and self._unsent() > PAUSE_BYTES:
-            self._paused = True
-            self._pause(True)
+        behind = bool(self._read) or self._unsent() > PAUSE_BYTES
+        if behind != self._paused:
+            self._paused = behind
+            self._pause(behind)
 
-    def _handle(self, events: list[Any]) -> None:
-        for event in events:
+    def _handle(self, events: deque[Any]) -> None:
+        while events and self._unsent() <= PAUSE_BYTES:
+            event = events.popleft()
             kind = type(event)
             if kind is m.Demand:
                 self._demand(event)
@@ -210,8 +219,7 @@ class Service:
             if not waiter.done():
                 waiter.set_result(None)
         if self._paused and self._unsent() < PAUSE_BYTES // 2:
-            self._paused = False
-            self._pause(False)
+            asyncio.get_running_loop().call_soon(self._work)
         return self._outbox.next_frames()
 
     def _unsent(self) -> int:

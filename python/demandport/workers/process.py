@@ -213,10 +213,15 @@ class WorkerProcess:
 
 
 def kill_all() -> None:
-    """Kill every worker of this process with its group, at once. From any thread; the last thing before an
-    exit."""
+    """Kill every worker with its group, and whatever else this process has started, at once. From any thread; the last
+    thing before an exit."""
     for worker in list(_live):
         worker.kill()
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
 
 
 def live_workers() -> list[WorkerProcess]:
