@@ -62,7 +62,7 @@ class Gateway:
             ModelNotFound, ModelLoadFailed, BackendUnavailable: here, or when the first event is asked for.
         """
         backend = await self._backend(self._spec(model))
-        return self._watched(backend, request)
+        return backend.generate(request)
 
     async def load_model(self, spec: ModelSpec) -> dict[str, Any]:
         """Load a model and return its description once it is ready; as `models` lists it.
@@ -72,10 +72,7 @@ class Gateway:
             WorkerCrash: its worker was killed meanwhile; it can be tried again.
         """
         backend = await self._backend(spec)
-        try:
-            await backend.load()
-        finally:
-            self._forget_unloaded(backend)
+        await backend.load()
         return _describe(backend)
 
     async def unload_model(self, model: str) -> bool:
@@ -120,22 +117,14 @@ class Gateway:
         key = ModelKey(identity, spec.context_length, spec.gpu_layers, spec.threads)
         backend = self._backends.get(key)
         if backend is None:
-            backend = self._backends[key] = LlamaCppBackend(replace(spec), path, on_log=self._on_log)
+            backend = self._backends[key] = LlamaCppBackend(
+                replace(spec), path, on_log=self._on_log, on_refused=self._forget
+            )
         return backend
 
-    async def _watched(self, backend: LlamaCppBackend, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """The backend's events; a model that could not be loaded is not kept."""
-        events = backend.generate(request)
-        try:
-            async for event in events:
-                yield event
-        finally:
-            await events.aclose()
-            self._forget_unloaded(backend)
-
-    def _forget_unloaded(self, backend: LlamaCppBackend) -> None:
-        health = backend.health()
-        if health.state == "stopped" and not health.in_flight and not health.restarts:
+    def _forget(self, backend: LlamaCppBackend) -> None:
+        """A model that could not be loaded is not kept, unless it was loaded once and can be again."""
+        if not backend.restarts:
             for key in [key for key, one in self._backends.items() if one is backend]:
                 del self._backends[key]
 

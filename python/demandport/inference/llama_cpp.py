@@ -1,5 +1,4 @@
-"""The embedded llama.cpp backend: one worker process per loaded model. Nothing of llama_cpp is imported
-here."""
+"""The embedded llama.cpp backend: one worker process per loaded model. Nothing of llama_cpp is imported here."""
 
 from __future__ import annotations
 
@@ -66,10 +65,19 @@ class LlamaCppBackend:
         spec: how to load the model.
         path: its file.
         on_log: gets (level, logger, text) of what the worker logs.
+        on_refused: called when the model could not be loaded.
     """
 
-    def __init__(self, spec: ModelSpec, path: Path, *, on_log: LogSink | None = None) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        path: Path,
+        *,
+        on_log: LogSink | None = None,
+        on_refused: Callable[[LlamaCppBackend], None] = lambda backend: None,
+    ) -> None:
         self.spec, self.path = spec, path
+        self._on_refused = on_refused
         self.restarts = 0
         self.info: dict[str, Any] = {}
         self._on_log = on_log
@@ -109,7 +117,11 @@ class LlamaCppBackend:
         if self._closed:
             raise BackendUnavailable(f"model {self.spec.model} has been unloaded")
         if self._loading is None:
-            self._start()
+            try:
+                self._start()
+            except BackendUnavailable:
+                self._on_refused(self)
+                raise
         assert self._loading is not None
         return await asyncio.shield(self._loading)
 
@@ -164,22 +176,27 @@ class LlamaCppBackend:
         self._entered += 1
         try:
             deadline = _deadline(request)
-            async with _WithinDeadline(deadline, request):
-                await self.load()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self.load()
+            except TimeoutError:
+                raise _too_late(request) from None
             worker = self._worker
             if worker is None:
                 raise WorkerCrash(f"the worker of model {self.spec.model} has died")
             request_id = self._next_id()
             stream = self._streams[request_id] = _Stream()
+            timer = stream.fail_at(deadline, _too_late(request))
             try:
                 worker.send(["generate", request_id, _remaining(request, deadline).to_options()])
                 while True:
-                    async with _WithinDeadline(deadline, request):
-                        event = await stream.next()
+                    event = await stream.next()
                     yield event
                     if isinstance(event, Finished):
                         return
             finally:
+                if timer is not None:
+                    timer.cancel()
                 del self._streams[request_id]
                 if not stream.ended and worker.alive:
                     worker.send(["cancel", request_id])
@@ -226,6 +243,7 @@ class LlamaCppBackend:
             # The worker has no model and is of no use: the next one that asks starts afresh.
             worker, self._worker, self._loading = self._worker, None, None
             loading.set_exception(from_wire(message[2]))
+            self._on_refused(self)
             if worker is not None:
                 worker.kill()
 
@@ -238,7 +256,9 @@ class LlamaCppBackend:
             self._fail_all(
                 WorkerCrash(f"the worker of model {self.spec.model} has died: {reason}", details={"reason": reason})
             )
-        elif any(sign in reason for sign in _FILE_AT_FAULT):
+            return
+        self._on_refused(self)
+        if any(sign in reason for sign in _FILE_AT_FAULT):
             loading.set_exception(ModelLoadFailed(f"{self.path} brought its worker down: {reason}"))
         else:
             loading.set_exception(
@@ -283,6 +303,12 @@ class _Stream:
         self._finish(type(failed)(failed.message, details=failed.details))
         self._notify()
 
+    def fail_at(self, deadline: float | None, failed: DemandportError) -> asyncio.TimerHandle | None:
+        """Have it fail on its own a little after `deadline`, in case the worker, which keeps it too, hangs."""
+        if deadline is None:
+            return None
+        return asyncio.get_running_loop().call_at(deadline + _DEADLINE_GRACE_S, self.fail, failed)
+
     async def next(self) -> Event:
         """The next event; waits for it. After the end: `Cancelled`, since nobody should ask."""
         while True:
@@ -314,27 +340,12 @@ class _Stream:
             wake.set_result(None)
 
 
-class _WithinDeadline:
-    """`asyncio.timeout_at`, with the deadline's own error."""
-
-    def __init__(self, deadline: float | None, request: GenerateRequest) -> None:
-        self._request = request
-        self._timeout = None if deadline is None else asyncio.timeout_at(deadline + _DEADLINE_GRACE_S)
-
-    async def __aenter__(self) -> None:
-        if self._timeout is not None:
-            await self._timeout.__aenter__()
-
-    async def __aexit__(self, *raised: Any) -> None:
-        if self._timeout is not None:
-            try:
-                await self._timeout.__aexit__(*raised)
-            except TimeoutError:
-                raise DeadlineExceeded(f"the deadline of {self._request.deadline_ms} ms has passed") from None
-
-
 def _deadline(request: GenerateRequest) -> float | None:
     return None if request.deadline_ms is None else asyncio.get_running_loop().time() + request.deadline_ms / 1000
+
+
+def _too_late(request: GenerateRequest) -> DeadlineExceeded:
+    return DeadlineExceeded(f"the deadline of {request.deadline_ms} ms has passed")
 
 
 def _remaining(request: GenerateRequest, deadline: float | None) -> GenerateRequest:
