@@ -34,6 +34,7 @@ class Runtime(Protocol):
     resources: Mapping[str, Any]
 
     async def emit(self, port: str, chunk: Any) -> None: ...
+    def write(self, port: str, text: str) -> None: ...
     def emit_from_thread(self, port: str, chunk: Any) -> None: ...
     def event(self, event: str, fields: dict[str, Any]) -> None: ...
     async def wait_input(self, port: str) -> Any: ...
@@ -66,6 +67,10 @@ class Context:
         Waits while consumers of values other than text have no credit left.
         """
         await self._runtime.emit(port or self._spec.stream, chunk)
+
+    def write(self, text: str, port: str | None = None) -> None:
+        """`emit` for text, on the event loop: text need not wait, since what a consumer does not take is merged."""
+        self._runtime.write(port or self._spec.stream, text)
 
     def emit_from_thread(self, chunk: Any, port: str | None = None) -> None:
         """`emit` for functions that run in a thread; blocks instead of waiting. Raises `Cancelled`."""

@@ -129,9 +129,6 @@ class Run:
     # -------------------------------------------------------------------------------- for the context
 
     async def emit(self, port: str, chunk: Any) -> None:
-        spec = self.cell.spec
-        if port not in spec.outputs:
-            raise NodeFailed(f"{spec.node_type} has no output port {port!r}; its outputs: {', '.join(spec.outputs)}")
         self._push(port, chunk)
         if type(chunk) is not str:
             for demand in list(self.cell.listeners):
@@ -141,6 +138,11 @@ class Run:
         if self._since_turn >= CHUNKS_PER_TURN:
             self._since_turn = 0
             await asyncio.sleep(0)
+
+    def write(self, port: str, text: str) -> None:
+        if not isinstance(text, str):
+            raise TypeError(f"ctx.write takes text, not {type(text).__name__}; await ctx.emit")
+        self._push(port, text)
 
     def emit_from_thread(self, port: str, chunk: Any) -> None:
         if self.cancelled:
@@ -183,6 +185,9 @@ class Run:
         return max(deadlines) if deadlines and len(deadlines) == len(demands) else None
 
     def _push(self, port: str, chunk: Any) -> None:
+        spec = self.cell.spec
+        if port not in spec.outputs:
+            raise NodeFailed(f"{spec.node_type} has no output port {port!r}; its outputs: {', '.join(spec.outputs)}")
         if self.cell.run is not self:
             return  # let go, and perhaps run anew meanwhile
         self._streamed.setdefault(port, []).append(chunk)

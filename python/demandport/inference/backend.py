@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
 
@@ -322,10 +322,15 @@ class BackendHealth:
 class Backend(Protocol):
     """One loaded model, however it is run."""
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+    def generate(
+        self, request: GenerateRequest, on_text: Callable[[str], None] | None = None
+    ) -> AsyncGenerator[Event, None]:
         """Generate: any number of `TextChunk` and `Progress`, then one `Finished`.
 
         Closing or cancelling the generator stops the model.
+
+        Args:
+            on_text: gets the text, as it comes and at once, in place of `TextChunk` events; must not raise.
 
         Raises:
             DemandportError: what failed, when the first or a later event is asked for.

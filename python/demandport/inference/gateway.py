@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib.resources
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,11 @@ class Gateway:
         self._closed = False
 
     async def generate(
-        self, request: GenerateRequest, model: ModelSpec | str | None = None
+        self,
+        request: GenerateRequest,
+        model: ModelSpec | str | None = None,
+        *,
+        on_text: Callable[[str], None] | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Find the model's backend and start; returns the events. The model is loaded when the first is asked for.
 
@@ -57,12 +61,13 @@ class Gateway:
 
         Args:
             model: None: `default_model`.
+            on_text: as `Backend.generate`.
 
         Raises:
             ModelNotFound, ModelLoadFailed, BackendUnavailable: here, or when the first event is asked for.
         """
         backend = await self._backend(self._spec(model))
-        return backend.generate(request)
+        return backend.generate(request, on_text)
 
     async def load_model(self, spec: ModelSpec) -> dict[str, Any]:
         """Load a model and return its description once it is ready; as `models` lists it.

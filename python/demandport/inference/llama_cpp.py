@@ -162,7 +162,9 @@ class LlamaCppBackend:
             ]
         )
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+    async def generate(
+        self, request: GenerateRequest, on_text: Callable[[str], None] | None = None
+    ) -> AsyncGenerator[Event, None]:
         """Generate; see `Backend.generate`.
 
         Raises:
@@ -185,7 +187,7 @@ class LlamaCppBackend:
             if worker is None:
                 raise WorkerCrash(f"the worker of model {self.spec.model} has died")
             request_id = self._next_id()
-            stream = self._streams[request_id] = _Stream()
+            stream = self._streams[request_id] = _Stream(on_text)
             timer = stream.fail_at(deadline, _too_late(request))
             try:
                 worker.send(["generate", request_id, _remaining(request, deadline).to_options()])
@@ -276,8 +278,9 @@ class LlamaCppBackend:
 class _Stream:
     """What the worker has said of one generation and its consumer has not read; text is merged."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_text: Callable[[str], None] | None) -> None:
         self.ended = False
+        self._on_text = on_text
         self._text: list[str] = []
         self._progress: Progress | None = None
         self._end: deque[Finished | DemandportError] = deque()
@@ -287,6 +290,9 @@ class _Stream:
         """Take a message of the worker in."""
         kind, body = message[0], message[2]
         if kind == "chunk":
+            if self._on_text is not None:
+                self._on_text(body)
+                return
             self._text.append(body)
         elif kind == "progress":
             self._progress = Progress(body["done"], body["total"], body["unit"])

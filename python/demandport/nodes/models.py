@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from demandport.engine.node import Context, node
 from demandport.errors import TypeMismatch
 from demandport.graph.spec import Port
-from demandport.inference.backend import Finished, GenerateRequest, ModelSpec, Progress, TextChunk
+from demandport.inference.backend import Finished, GenerateRequest, ModelSpec, Progress
 from demandport.inference.gateway import Gateway
 
 Prompt = Annotated[str, Port(type="prompt")]
@@ -68,15 +68,18 @@ async def llamacpp_inference(
     spec = ModelSpec(model_path, context_length=context_length, gpu_layers=gpu_layers, threads=threads)
     gateway: Gateway = ctx.resources["gateway"]
     pieces: list[str] = []
+
+    def take(text: str) -> None:
+        pieces.append(text)
+        ctx.write(text)
+
+    request = GenerateRequest.from_options(parameters)
     finished: Finished | None = None
-    async with aclosing(await gateway.generate(GenerateRequest.from_options(parameters), spec)) as events:
+    async with aclosing(await gateway.generate(request, spec, on_text=take)) as events:
         async for event in events:
-            if isinstance(event, TextChunk):
-                pieces.append(event.text)
-                await ctx.emit(event.text)
-            elif isinstance(event, Progress):
+            if isinstance(event, Progress):
                 ctx.progress(event.done, event.total, event.unit)
-            else:
+            elif isinstance(event, Finished):
                 finished = event
     assert finished is not None, "a generation that does not fail ends with Finished"
     return {
