@@ -23,7 +23,10 @@ from demandport.wire.codec import codec_named
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = Path(os.environ.get("DEMANDPORT_CODE", ROOT / "python"))
-TIMEOUT_S = 20.0
+#: Holds what stands before the real llama_cpp in a worker, and prints or hangs.
+LIBRARY = ROOT / "tests" / "faults" / "library"
+#: How long anything may take. Nothing should: it is for what hangs.
+TIMEOUT_S = 60.0
 #: What the specification promises: at the end, the service and all it started are gone within this time.
 END_S = 2.0
 
@@ -348,8 +351,9 @@ class Gate:
         os.mkfifo(self.path)
         self._fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
 
-    def __str__(self) -> str:
-        return str(self.path)
+    def at(self, call: str) -> dict[str, str]:
+        """Environment in which a model worker with `LIBRARY` comes here at a call (`function:number`), and hangs."""
+        return {"STALL": call, "GATE": str(self.path)}
 
     def wait(self) -> None:
         """Wait until it has been opened; for once."""
@@ -401,7 +405,7 @@ def settle(process: psutil.Process) -> int:
         calm = calm + 1 if process.status() == psutil.STATUS_SLEEPING and spent == before else 0
         return calm == 20
 
-    assert _eventually(look, 60.0), "it does not come to rest"
+    assert _eventually(look, TIMEOUT_S), "it does not come to rest"
     return peak
 
 

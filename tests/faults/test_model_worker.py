@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parents[1] / "python"
 TINY = PACKAGE / "demandport" / "data" / "tiny.gguf"
 pytestmark = pytest.mark.skipif(not TINY.exists(), reason="the tiny model has not been made")
-LIMIT_S = 60.0
+LIMIT_S = 180.0
 LONG = "root ::= [a-z ]{450}"
 
 

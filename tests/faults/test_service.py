@@ -20,7 +20,7 @@ from demandport.wire.codec import MsgpackCodec
 from stray import WAYS
 from support import (
     END_S,
-    ROOT,
+    LIBRARY,
     TIMEOUT_S,
     Ended,
     Gate,
@@ -36,8 +36,6 @@ from support import (
     settle,
 )
 
-LIBRARY = ROOT / "tests" / "faults" / "library"
-
 # --------------------------------------------------------------------------------------------------- ends
 
 PARENT = """
@@ -52,7 +50,7 @@ time.sleep(1000)
 def test_nothing_outlives_a_killed_parent(nodes: Path, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     load = framed(MsgpackCodec().encode(["load_model", 1, {"model": "tiny"}]))
-    environ = environment(LIBRARY, nodes) | {"STALL": "llama_model_load_from_file:1", "GATE": str(gate)}
+    environ = environment(LIBRARY, nodes) | gate.at("llama_model_load_from_file:1")
     with subprocess.Popen([sys.executable, "-c", PARENT, load.hex(), *command()], env=environ) as parent:
         try:
             gate.wait()
@@ -70,8 +68,7 @@ def test_it_ends_well_whatever_is_under_way(end: Any, nodes: Path, tmp_path: Pat
     gate = Gate(tmp_path)
     closed = tmp_path / "closed"
     os.mkfifo(closed)
-    stall = {"STALL": "llama_model_load_from_file:1", "GATE": str(gate)}
-    with ServiceProcess(nodes=nodes, folders=[LIBRARY], env=stall) as service:
+    with ServiceProcess(nodes=nodes, folders=[LIBRARY], env=gate.at("llama_model_load_from_file:1")) as service:
         service.open(
             "s",
             ("wait", "t-wait", {}),
@@ -94,7 +91,7 @@ def test_it_ends_well_whatever_is_under_way(end: Any, nodes: Path, tmp_path: Pat
 @pytest.mark.parametrize("end", ENDS[:2], ids=lambda end: end.__name__)
 def test_it_ends_while_an_inline_node_blocks(end: Any, service: ServiceProcess, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
-    service.open("s", ("a", "t-spin", {"gate": str(gate)}))
+    service.open("s", ("a", "t-spin", {"gate": str(gate.path)}))
     service.send(["demand", 1, "s", "a"])
     gate.wait()
     end(service)
@@ -175,8 +172,8 @@ def test_a_frame_of_length_0_is_an_error(shared: ServiceProcess) -> None:
 
 def test_a_frame_of_the_limit_is_read_and_a_byte_more_is_the_end() -> None:
     with ServiceProcess("--max-frame-bytes", "4096") as service:
-        frame_bytes = [service.codec.encode(["validate", 1, {"": "x" * size}]) for size in range(4000, 4096)]
-        service.write(framed(next(payload for payload in frame_bytes if len(payload) == 4096)))
+        payloads = [service.codec.encode(["validate", 1, {"": "x" * size}]) for size in range(4000, 4096)]
+        service.write(framed(next(payload for payload in payloads if len(payload) == 4096)))
         assert service.receive()[:2] == ["ok", 1]
         service.write(struct.pack(">I", 4097))
         assert service.receive()[0] == "goodbye" and service.wait() == 65
@@ -212,16 +209,16 @@ def test_frames_on_other_descriptors() -> None:
     ) as process:  # fmt: skip
         os.close(in_r)
         os.close(out_w)
-        assert select.select([out_r], [], [], 20)[0] and len(os.read(out_r, 4)) == 4
+        assert select.select([out_r], [], [], TIMEOUT_S)[0] and len(os.read(out_r, 4)) == 4
         os.close(in_w)
-        assert process.wait(20) == 0
+        assert process.wait(TIMEOUT_S) == 0
     os.close(out_r)
 
 
 def test_both_ways_flooded(shared: ServiceProcess) -> None:
     ids = [shared.new_id() for _ in range(50_000)]
     shared.send(*(["ping", id] for id in ids))
-    assert [shared.receive()[1] for _ in ids] == ids
+    assert [shared.receive() for _ in ids] == [["ok", id, "pong"] for id in ids]
 
 
 def test_a_host_that_only_writes_is_held_up_and_loses_nothing(service: ServiceProcess) -> None:
@@ -304,14 +301,14 @@ def test_credit_is_never_overdrawn_and_the_terminal_waits(shared: ServiceProcess
 def test_credit_0_has_no_stream_and_no_wait(service: ServiceProcess, kind: str, data: dict[str, Any]) -> None:
     service.open("s", ("a", kind, data))
     service.send(["demand", 1, "s", "a", {"credit": 0}])
-    assert service.receive(5)[0] == "demand_complete"
+    assert service.receive()[0] == "demand_complete"
 
 
 @pytest.mark.parametrize("kind", ["t-exit", "t-exit-inline", "t-cancelled", "t-stop", "t-raise"])
 def test_whatever_a_node_raises_fails_its_demand_alone(service: ServiceProcess, kind: str) -> None:
     service.open("s", ("a", kind, {}))
     service.send(["demand", 1, "s", "a"])
-    message = service.until(is_terminal(1), 5)[-1]
+    message = service.until(is_terminal(1))[-1]
     assert message[0] == "demand_error" and message[2]["code"] == "node_failed"
     service.ping()
 
@@ -362,7 +359,7 @@ def test_streamed_text_equals_whole(shared: ServiceProcess) -> None:
 
 def test_a_killed_model_worker_is_a_crash_of_its_demand_alone(nodes: Path, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
-    with ServiceProcess(nodes=nodes, folders=[LIBRARY], env={"STALL": "llama_decode:10", "GATE": str(gate)}) as service:
+    with ServiceProcess(nodes=nodes, folders=[LIBRARY], env=gate.at("llama_decode:10")) as service:
         llm = {"model_path": "tiny", "prompt": "Tell me about cats.", "grammar": "root ::= [a-z ]{60}"}
         service.open("s", ("a", "llamacpp-inference", llm), ("b", "t-wait", {}), ("c", "text-input", {"text": "c"}))
         service.send(["demand", 1, "s", "a"], ["demand", 2, "s", "b"])

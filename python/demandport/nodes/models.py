@@ -63,8 +63,6 @@ async def llamacpp_inference(
     parameters |= _settings(inference_settings)
     if messages is None:
         parameters["prompt"] = prompt
-    if ctx.remaining_s is not None:
-        parameters["deadline_ms"] = max(1, int(ctx.remaining_s * 1000))
     spec = ModelSpec(model_path, context_length=context_length, gpu_layers=gpu_layers, threads=threads)
     gateway: Gateway = ctx.resources["gateway"]
     pieces: list[str] = []
