@@ -5,6 +5,8 @@
     ".formatter.exs",
     "elixir_client/lib/**/*.ex",
     "tests/elixir/**/*.{ex,exs}",
+    "tests/interop/*.exs",
+    "bench/*.exs",
     "examples/*.exs"
   ]
 ]

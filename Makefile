@@ -29,9 +29,9 @@ check: setup
 bench: setup
 	$(PYTHON) bench/run.py
 
-# The fault tests again, many times over.
+# Tests that count rounds, with many more of them: faults, properties, a real BEAM.
 soak: setup
-	DEMANDPORT_SOAK=1 $(PYTHON) -m pytest tests/faults tests/property
+	DEMANDPORT_SOAK=1 $(PYTHON) -m pytest tests/faults tests/property tests/interop
 
 setup: $(VENV)/.installed .elixir-found
 

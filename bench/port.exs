@@ -76,7 +76,8 @@ defmodule Bench.Raw do
     if count == "0", do: graph, else: %{graph | nodes: [flood | graph.nodes]}
   end
 
-  def demand(port, id), do: Port.command(port, <<0x95, 0xA6, "demand", 0xCE, id::32, 0xA1, "s", 0xA3, "out", 0x80>>)
+  def demand(port, id),
+    do: Port.command(port, <<0x95, 0xA6, "demand", 0xCE, id::32, 0xA1, "s", 0xA3, "out", 0x80>>)
 
   def reply(port) do
     receive do
@@ -124,7 +125,13 @@ defmodule Bench.Raw do
 
   def flood(port, id) do
     node = "flood:" <> System.fetch_env!("FLOOD")
-    Port.command(port, [<<0x95, 0xA6, "demand", 0xCE, id::32, 0xA1, "s", 0xA0 + byte_size(node)>>, node, <<0x80>>])
+
+    Port.command(port, [
+      <<0x95, 0xA6, "demand", 0xCE, id::32, 0xA1, "s", 0xA0 + byte_size(node)>>,
+      node,
+      <<0x80>>
+    ])
+
     chunks(port, 0)
   end
 
@@ -164,7 +171,8 @@ defmodule Bench.Counter do
   end
 
   @impl true
-  def handle_info({:node_stream, _node, _chunk}, {from, start, count}), do: {:noreply, {from, start, count + 1}}
+  def handle_info({:node_stream, _node, _chunk}, {from, start, count}),
+    do: {:noreply, {from, start, count + 1}}
 
   def handle_info({:demand_complete, _node, outputs}, {from, start, count}) do
     GenServer.reply(from, {count, (Bench.now() - start) / 1.0e9, outputs})
@@ -189,7 +197,10 @@ defmodule Bench.Main do
         one = Raw.rate(sequential, fn -> Raw.sequential(port, id, sequential) end)
         many = Raw.rate(pipelined, fn -> Raw.pipelined(port, id + 200_000, pipelined, 256) end)
         dirty = Bench.dirty_since(before)
-        uncached = Raw.rate(div(sequential, 2), fn -> Raw.uncached(port, id + 600_000, div(sequential, 2)) end)
+
+        uncached =
+          Raw.rate(div(sequential, 2), fn -> Raw.uncached(port, id + 600_000, div(sequential, 2)) end)
+
         {round, name, one, many, uncached, dirty}
       end
 
@@ -222,7 +233,9 @@ defmodule Bench.Main do
 
     through =
       for round <- 0..rounds, {which, session} <- sessions do
-        if which == :service and round > 0, do: {:ok, _} = DemandPort.edit(session, {:invalidate, "flood:#{count}"})
+        if which == :service and round > 0,
+          do: {:ok, _} = DemandPort.edit(session, {:invalidate, "flood:#{count}"})
+
         before = Bench.load()
         {^count, seconds, _} = Bench.Counter.run(counter, session, "flood:#{count}", credit: 100_000)
         {round, which, count / seconds, Bench.dirty_since(before)}

@@ -41,7 +41,7 @@ GRACE_S = 1.0
 #: dropped, until nothing has come for this long.
 QUIET_S = 0.1
 #: The thread that sees the end of input even while the loop is held up ends the process after this long.
-HARD_END_S = 1.8
+HARD_END_S = 1.5
 
 
 @dataclass(frozen=True, slots=True)
