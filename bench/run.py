@@ -72,9 +72,11 @@ class Bench:
         subprocess.run(["mix", "compile"], cwd=ROOT, env=built, check=True, stdout=subprocess.DEVNULL)
         self.elixir = ["elixir", "-pa", str(folder / "build/lib/demand_port/ebin"), str(BENCH / "port.exs")]
 
-    def port(self, *arguments: Any) -> dict[str, float]:
+    def port(self, *arguments: Any, one_core: bool = False) -> dict[str, float]:
         """Run a mode of port.exs; returns its results by name."""
         command = [*self.elixir, *map(str, arguments)]
+        if one_core:
+            command = ["taskset", "-c", str(min(os.sched_getaffinity(0))), *command]
         done = subprocess.run(command, env=self.env, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
         lines = [line.split() for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         return {name: float(value) for _, name, value in lines}
@@ -82,8 +84,12 @@ class Bench:
     # ------------------------------------------------------------------------------------ measurements
 
     def demands(self) -> None:
-        """Demands of a cached text-output through a port, and the same port with a bare loop."""
-        found = self.port("demands", *((3, 500, 5000) if self.quick else (7, 3000, 40_000)))
+        """Demands of a cached text-output through a port, and the same port with a bare loop.
+
+        On one core: on several, the kernel's choice of where each process runs decides, and it changes from run to run.
+        Waking a core that sleeps takes longer than either program.
+        """
+        found = self.port("demands", *((3, 500, 5000) if self.quick else (7, 3000, 40_000)), one_core=True)
         rows = (
             ("sequential", "demands one after another", 0.5),
             ("pipelined", "demands, 256 in flight", 0.25),
