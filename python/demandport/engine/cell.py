@@ -7,6 +7,7 @@ of a node is the outcome in its cell, and single flight is that there is one cel
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +29,10 @@ class Link(NamedTuple):
     source_port: str
     convert: Convert | None
     multiple: bool
+
+
+#: `Link` from a tuple of its fields; its own constructor takes three times as long.
+_link = functools.partial(tuple.__new__, Link)
 
 
 class Cell:
@@ -105,17 +110,21 @@ class _Form:
 
     def source(self, handle: str) -> str | None:
         """Name of the output port that an edge's handle means."""
-        if handle not in self.sources:
+        try:
+            return self.sources[handle]
+        except KeyError:
             port = source_port(self.spec, handle)
-            self.sources[handle] = port.name if port else None
-        return self.sources[handle]
+            found = self.sources[handle] = port.name if port else None
+            return found
 
     def target(self, handle: str) -> tuple[str, Convert | None, bool] | None:
         """Name, conversion and multiplicity of the input port that an edge's handle means."""
-        if handle not in self.targets:
+        try:
+            return self.targets[handle]
+        except KeyError:
             port = target_port(self.spec, handle)
-            self.targets[handle] = (port.name, converter(port.type), port.multiple) if port else None
-        return self.targets[handle]
+            found = self.targets[handle] = (port.name, converter(port.type), port.multiple) if port else None
+            return found
 
 
 class CellStore:
@@ -213,7 +222,7 @@ class CellStore:
             port, convert, multiple = target
             if convert is not None and spec.outputs[out].type == "json" == form.spec.inputs[port].type:
                 convert = None  # a text that stands for itself is not read as JSON once more
-            links.append(Link(port, source, out, convert, multiple))
+            links.append(_link((port, source, out, convert, multiple)))
             linked[port] = None
             if source.gated or spec.branches:
                 cell.gated = True

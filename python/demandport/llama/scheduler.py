@@ -19,8 +19,9 @@ from demandport.llama.prompt import PromptBuilder
 from demandport.llama.sampling import Sampler, draw_seed
 from demandport.llama.text import Detokenizer, StopFilter
 
-#: Text is held back at most this long, so that fast models do not send a message per token.
-COALESCE_S = 0.002
+#: Text is held back at most this long: a hundred messages a second are as many as anyone sees, and each one takes the
+#: cores some tenths of a millisecond of computing. A model of up to a hundred tokens a second sends each at once.
+COALESCE_S = 0.010
 _SEQUENCE = 0
 
 Emit = Callable[[list[Any]], None]
