@@ -18,6 +18,8 @@ from demandport.graph.validation import has_value, source_port, target_port
 
 #: Shared by all cells that have no outputs yet; never written to.
 _NOTHING: dict[str, Any] = {}
+#: Shared by all cells that nobody listens to, as most are.
+_NOBODY_LISTENS: dict[Any, None] = {}
 IDLE, WAITING, RUNNING, DONE, SKIPPED = range(5)
 
 
@@ -83,12 +85,18 @@ class Cell:
         self.state = IDLE
         self.missing = 0
         self.dependents: dict[Any, None] = {}
-        self.listeners: dict[Any, None] = {}
+        self.listeners: dict[Any, None] = _NOBODY_LISTENS
         self.run: Any = None
         self.broken: DemandportError | None = None
         self.gated = False
         self.opened = False
         self.counts_for: Any = None
+
+    def listen(self, demand: Any) -> None:
+        """Have `demand` hear what this cell streams and reports."""
+        if self.listeners is _NOBODY_LISTENS:
+            self.listeners = {}
+        self.listeners[demand] = None
 
 
 class _Form:

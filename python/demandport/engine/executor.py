@@ -84,7 +84,7 @@ class Executor:
             if demand not in cell.listeners and (
                 demand.events or cell.spec.runs != "inline" or cell.spec.context is not None
             ):
-                cell.listeners[demand] = None
+                cell.listen(demand)
                 demand.listening.append(cell)
                 if cell.run is not None:
                     for port, text in cell.run.catch_up():
