@@ -207,7 +207,9 @@ defmodule DemandPort.ServiceTest do
     end
 
     test "is cancelled in mid-stream, and nothing follows", %{server: server} do
+      # This story has some 270 tokens, so that there is time for the cancel.
       {:ok, session} = DemandPort.open(server, llm(450))
+      {:ok, _} = DemandPort.set_input(session, "llm", "prompt", "Tell a story about a lighthouse.")
       {:ok, demand} = DemandPort.demand_async(session, "out")
       assert_receive {:node_stream, "llm", _}, 60_000
       DemandPort.cancel(demand)
