@@ -270,7 +270,7 @@ defmodule Bench.Main do
       prompt: prompt,
       max_tokens: int(tokens),
       temperature: String.to_float(temperature),
-      seed: 7
+      seed: 11
     }
 
     graph = %{nodes: [%{id: "llm", node_type: "llamacpp-inference", data: data}], edges: []}

@@ -24,7 +24,8 @@ import random_model
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
 SOURCE = Path(os.environ.get("BENCH_SOURCE", ROOT / "python"))  # another copy of the package, to try a change
-PROMPT, TEMPERATURE, SEED = "Tell a story about a lighthouse.", 0.7, 7
+# With this seed the packaged model tells a story of 451 tokens, most of what its context of 512 holds.
+PROMPT, TEMPERATURE, SEED = "Tell a story about a lighthouse.", 0.7, 11
 
 
 class Table:
@@ -166,7 +167,7 @@ class Bench:
         model = self.folder / "random.gguf"
         random_model.write(model)
         self._tokens("model of 107 M parameters", str(model), *((64, 4) if self.quick else (128, 9)))
-        self._tokens("packaged model", "tiny", *((256, 7) if self.quick else (400, 25)))
+        self._tokens("packaged model", "tiny", *((460, 7) if self.quick else (460, 25)))
 
     def _tokens(self, name: str, model: str, count: int, rounds: int) -> None:
         path = SOURCE / "demandport/data/tiny.gguf" if model == "tiny" else model

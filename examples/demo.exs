@@ -111,7 +111,8 @@ defmodule Demo do
     IO.puts("time to first token          #{ms(run.first_us)} ms")
 
     IO.puts(
-      "chunks per second            #{Float.round((run.chunks - 1) / after_first_s, 1)} (#{run.chunks} chunks)"
+      "chunks per second            #{Float.round((run.chunks - 1) / after_first_s, 1)} (#{run.chunks} chunks; " <>
+        "up to 100 tokens a second come one by one)"
     )
 
     with tokens when is_integer(tokens) <- tokens(session), do: rate(tokens, after_first_s)

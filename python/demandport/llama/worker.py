@@ -7,6 +7,7 @@ unit}]``, ``["chunk", id, text]``, ``["done", id, {finish_reason, usage, seed}]`
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -109,6 +110,8 @@ class Worker:
         except BaseException:
             model.close()
             raise
+        # A collection would walk all that was imported, and drive the weights out of the caches.
+        gc.freeze()
         return model.info()
 
     def _submit(self, request_id: int, options: dict[str, Any]) -> None:
