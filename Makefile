@@ -19,7 +19,7 @@ test-elixir: setup
 	MIX_ENV=test mix do compile --warnings-as-errors, test
 
 check: setup
-	$(VENV)/bin/ruff check python tests bench tools examples
+	$(VENV)/bin/ruff check --no-cache python tests bench tools examples
 	$(VENV)/bin/ruff format --check python tests bench tools examples
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports

@@ -8,9 +8,8 @@ import signal
 import subprocess
 import sys
 
-from stray import print_in_every_way
-
 from demandport.workers.child import Channel
+from stray import print_in_every_way
 
 
 def main() -> None:
