@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -13,7 +15,13 @@ USAGE_ERROR = 64
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status. `serve` does not return."""
     arguments = _parser().parse_args(argv)
-    return int(arguments.function(arguments))
+    try:
+        status = int(arguments.function(arguments))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who read has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -1274,3 +1276,13 @@ def test_graph_checks_and_draws_an_author_s_nodes(studio: Site, graph: Callable[
     (tmp_path / "torn.json").write_text("{")
     status, out, err = demandport(studio, "graph", str(tmp_path / "torn.json"))
     assert (status, out) == (64, "") and "torn.json: " in err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(site: Site) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "demandport", "nodes"]
+    with subprocess.Popen(command, stdout=write_end, stderr=subprocess.PIPE, env=environment(site.folder)) as process:
+        os.close(write_end)
+        assert process.communicate(timeout=TIMEOUT_S)[1] == b""
+    assert process.returncode == 128 + signal.SIGPIPE
