@@ -22,6 +22,8 @@ from demandport.errors import Internal, ModelLoadFailed, ModelNotFound, OutOfMem
 DEFAULT_CONTEXT_LENGTH = 4096
 #: Most tokens in one decode. Small chunks let a cancel through soon.
 BATCH_TOKENS = 256
+#: Most cells that sequences share, unless one alone may have more.
+SHARED_CELLS = 8192
 #: Below this size the cost of waking a second thread is more than what it computes.
 SINGLE_THREAD_BYTES = 16 * 1024 * 1024
 
@@ -101,10 +103,11 @@ class Model:
 
     Args:
         path: a GGUF file; it is mapped, not read.
-        context_length: tokens of context; None: what it was trained with, at most `DEFAULT_CONTEXT_LENGTH`.
+        context_length: tokens that one sequence may have; None: what the model was trained with, at most
+            `DEFAULT_CONTEXT_LENGTH`.
         gpu_layers: layers to put on a GPU; -1: all.
         threads: threads that compute; None: one per core that this process may use, one for a very small model.
-        sequences: most sequences in the context at a time.
+        sequences: most sequences at a time; they share `cells`, as many for each while there are few.
         progress: called with 0.0 to 1.0 while it loads.
 
     Raises:
@@ -161,7 +164,7 @@ class Model:
         wanted = context_length or min(self.training_context or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH)
         self.threads = threads or self._default_threads()
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = wanted
+        params.n_ctx = max(wanted, min(wanted * sequences, SHARED_CELLS))
         params.n_batch = params.n_ubatch = BATCH_TOKENS
         params.n_seq_max = sequences
         params.n_threads = params.n_threads_batch = self.threads
@@ -172,7 +175,9 @@ class Model:
             why = self._route.last_error or "llama.cpp gives no reason"
             raise OutOfMemory(f"no context of {wanted} tokens for {self.path}: {why}")
         # llama.cpp rounds the length up; what was asked for is what is promised.
-        self.context_length = min(wanted, int(llama_cpp.llama_n_ctx(self.context)))
+        self.cells = int(llama_cpp.llama_n_ctx(self.context))
+        self.context_length = min(wanted, self.cells)
+        self.sequences = sequences
         self._memory = llama_cpp.llama_get_memory(self.context)
         self._batch = Batch(BATCH_TOKENS)
 
@@ -331,6 +336,12 @@ class Batch:
         self._sequences = [self.handle.seq_id[index] for index in range(size)]
         for index in range(size):
             self.handle.n_seq_id[index] = 1
+
+    @property
+    def size(self) -> int:
+        """Tokens in it."""
+        count: int = self.handle.n_tokens
+        return count
 
     def clear(self) -> None:
         """Empty it."""

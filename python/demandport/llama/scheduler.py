@@ -22,7 +22,8 @@ from demandport.llama.text import Detokenizer, StopFilter
 #: Text is held back at most this long: a hundred messages a second are as many as anyone sees, and each one takes the
 #: cores some tenths of a millisecond of computing. A model of up to a hundred tokens a second sends each at once.
 COALESCE_S = 0.010
-_SEQUENCE = 0
+#: Tokens of prompts in a step beside running generations; with nothing else to do a step takes `BATCH_TOKENS`.
+PROMPT_SHARE = 64
 
 Emit = Callable[[list[Any]], None]
 
@@ -35,6 +36,9 @@ class _Sequence:
         self.request = request
         self.deadline = deadline
         self.seed = draw_seed() if request.seed is None else request.seed
+        self.slot = -1
+        #: Cells that it may come to need.
+        self.cells = 0
         self.prompt: list[int] = []
         self.filled = 0
         self.last = 0
@@ -50,7 +54,12 @@ class _Sequence:
 
 
 class Scheduler:
-    """Runs generations on one model. Everything but `cancel` belongs to the thread that owns the model.
+    """Runs generations on one model, many in one decode: continuous batching. Everything but `cancel` belongs to the
+    thread that owns the model.
+
+    Between two decodes sequences join and leave. One joins, in the order of arrival, when there is a slot for it, and
+    cells for all it may become, so that none ever runs out of them. Each step holds one token of every sequence that
+    generates, and beside them a bounded share of prompts, so that a long prompt does not make the others stutter.
 
     Args:
         emit: gets ``["chunk", id, text]``, ``["progress", id, {done, total, unit}]`` and, once per request
@@ -62,14 +71,16 @@ class Scheduler:
         self._model, self._emit, self._clock = model, emit, clock
         self._prompts = PromptBuilder(model)
         self._waiting: deque[_Sequence] = deque()
-        self._running: _Sequence | None = None
+        self._running: list[_Sequence] = []
+        self._free_slots = list(reversed(range(model.sequences)))
+        self._free_cells = model.cells
         self._cancelled: set[int] = set()
         self._sample = llama_cpp.llama_sampler_sample
 
     @property
     def busy(self) -> bool:
         """There is something to do for `step`."""
-        return self._running is not None or bool(self._waiting)
+        return bool(self._running or self._waiting)
 
     def submit(self, request_id: int, request: GenerateRequest) -> None:
         """Take a request in; what becomes of it is emitted, errors too."""
@@ -84,90 +95,110 @@ class Scheduler:
         self._cancelled.add(request_id)
 
     def settle_cancel(self, request_id: int) -> None:
-        """Carry a cancel out now and forget the id; to be called where the cancel stands among the
-        messages."""
+        """Carry a cancel out now and forget the id; to be called where the cancel stands among the messages."""
         self._cancelled.add(request_id)
         self._drop_cancelled()
         self._cancelled.discard(request_id)
 
     def step(self) -> bool:
-        """One decode, of a chunk of a prompt or of one token; blocks for its time. False when nothing is
-        left."""
+        """One decode; blocks for its time. False when nothing is left."""
         if self._cancelled:
             self._drop_cancelled()
-        sequence = self._running
+        self._drop_expired()
+        if self._waiting:
+            self._admit()
+        if not self._running:
+            return self.busy
+        choosing = self._compose()
         try:
-            if sequence is None:
-                sequence = self._begin_next()
-                if sequence is None:
-                    return False
-            if sequence.deadline is not None and self._clock() >= sequence.deadline:
-                raise DeadlineExceeded(f"the deadline of {sequence.request.deadline_ms} ms has passed")
-            if sequence.filled < len(sequence.prompt):
-                self._fill(sequence)
-            else:
-                self._continue(sequence)
+            self._model.decode()
         except DemandportError as failed:
-            self._fail(failed)
+            for sequence in list(self._running):
+                self._fail(sequence, failed)
+            return self.busy
+        for sequence, index in choosing:
+            try:
+                self._choose(sequence, index)
+            except DemandportError as failed:
+                self._fail(sequence, failed)
         return self.busy
 
     def close(self) -> None:
-        """Free what the running sequence holds; nothing is emitted."""
-        if self._running is not None:
-            self._release(self._running)
+        """Free what the running sequences hold; nothing is emitted."""
+        for sequence in list(self._running):
+            self._release(sequence)
         self._waiting.clear()
 
-    # ------------------------------------------------------------------------------------ one sequence
+    # -------------------------------------------------------------------------------------- what runs
 
-    def _begin_next(self) -> _Sequence | None:
-        if not self._waiting:
-            return None
-        sequence = self._running = self._waiting.popleft()
+    def _admit(self) -> None:
+        """Let waiting sequences in, in the order they came: one that finds no room holds those behind it."""
+        while self._waiting and self._free_slots:
+            sequence = self._waiting[0]
+            try:
+                if not sequence.prompt:
+                    self._prepare(sequence)
+                if sequence.cells > self._free_cells:
+                    return
+                sequence.sampler = self._sampler(sequence)
+            except DemandportError as failed:
+                self._fail(sequence, failed)
+                continue
+            self._waiting.popleft()
+            self._free_cells -= sequence.cells
+            sequence.slot = self._free_slots.pop()
+            self._running.append(sequence)
+
+    def _prepare(self, sequence: _Sequence) -> None:
+        """Tokenise the prompt and see what it needs at most."""
         request, room = sequence.request, self._model.context_length
-        sequence.prompt = self._prompts.tokens(request)
-        count = len(sequence.prompt)
-        wanted = request.max_tokens or 1
+        prompt = self._prompts.tokens(request)
+        count, wanted = len(prompt), request.max_tokens or 1
+        facts = {"prompt_tokens": count, "max_tokens": wanted, "context_length": room}
         if count + wanted > room:
-            raise ContextOverflow(
-                f"the prompt of {count} tokens and {wanted} to generate do not fit the {room} of the context",
-                details={"prompt_tokens": count, "max_tokens": wanted, "context_length": room},
-            )
+            said = f"the prompt of {count} tokens and {wanted} to generate do not fit the {room} of the context"
+            raise ContextOverflow(said, details=facts)
         if not count:
-            raise ContextOverflow(
-                "the prompt has no tokens",
-                details={"prompt_tokens": 0, "max_tokens": wanted, "context_length": room},
-            )
+            raise ContextOverflow("the prompt has no tokens", details=facts)
+        sequence.prompt = prompt
         sequence.limit = request.max_tokens or min(DEFAULT_MAX_TOKENS, room - count)
-        sequence.sampler = Sampler(
-            self._model.vocabulary, self._model.tokens, room, request, sequence.seed, sequence.prompt
+        sequence.cells = count + sequence.limit
+
+    def _sampler(self, sequence: _Sequence) -> Sampler:
+        model = self._model
+        return Sampler(
+            model.vocabulary, model.tokens, model.context_length, sequence.request, sequence.seed, sequence.prompt
         )
-        return sequence
 
-    def _fill(self, sequence: _Sequence) -> None:
-        """Compute the next chunk of the prompt; after the last one the first token is chosen."""
-        start, total = sequence.filled, len(sequence.prompt)
-        end = min(start + BATCH_TOKENS, total)
+    def _compose(self) -> list[tuple[_Sequence, int]]:
+        """Fill the batch; returns the sequences that choose a token after the decode, each with its output's index."""
         batch = self._model.batch
         batch.clear()
-        batch.extend(sequence.prompt[start:end], start, _SEQUENCE, last=end == total)
-        self._model.decode()
-        sequence.filled = end
-        if total > BATCH_TOKENS:
-            self._emit(["progress", sequence.id, {"done": end, "total": total, "unit": "prompt_tokens"}])
-        if end == total:
-            self._choose(sequence)
+        choosing = []
+        for sequence in self._running:
+            if sequence.filled == len(sequence.prompt):
+                position = sequence.filled + sequence.generated - 1
+                choosing.append((sequence, batch.add(sequence.last, position, sequence.slot, True)))
+        if len(choosing) == len(self._running):
+            return choosing
+        room = min(PROMPT_SHARE, BATCH_TOKENS - len(choosing)) if choosing else BATCH_TOKENS
+        for sequence in self._running:
+            start, total = sequence.filled, len(sequence.prompt)
+            end = min(start + room, total)
+            if start == end:
+                continue
+            batch.extend(sequence.prompt[start:end], start, sequence.slot, last=end == total)
+            sequence.filled = end
+            room -= end - start
+            if total > BATCH_TOKENS:
+                self._emit(["progress", sequence.id, {"done": end, "total": total, "unit": "prompt_tokens"}])
+            if end == total:
+                choosing.append((sequence, batch.size - 1))
+        return choosing
 
-    def _continue(self, sequence: _Sequence) -> None:
-        """Compute the token chosen last, and choose the next one."""
-        batch = self._model.batch
-        batch.clear()
-        batch.add(sequence.last, len(sequence.prompt) + sequence.generated - 1, _SEQUENCE, True)
-        self._model.decode()
-        self._choose(sequence)
-
-    def _choose(self, sequence: _Sequence) -> None:
+    def _choose(self, sequence: _Sequence, index: int) -> None:
         assert sequence.sampler is not None
-        token: int = self._sample(sequence.sampler.handle, self._model.context, -1)
+        token: int = self._sample(sequence.sampler.handle, self._model.context, index)
         if token < 0:
             raise Internal("llama.cpp chooses no token")
         sequence.generated += 1
@@ -219,26 +250,32 @@ class Scheduler:
         self._emit(["done", sequence.id, {"finish_reason": reason, "usage": usage, "seed": sequence.seed}])
         self._release(sequence)
 
-    def _fail(self, failed: DemandportError) -> None:
-        sequence = self._running
-        assert sequence is not None
+    def _fail(self, sequence: _Sequence, failed: DemandportError) -> None:
         self._read(sequence)
         self._flush(sequence)
         self._emit(["error", sequence.id, failed.to_wire()])
         self._release(sequence)
 
     def _release(self, sequence: _Sequence) -> None:
-        self._running = None
+        if sequence.slot < 0:
+            self._waiting.remove(sequence)
+            return
+        self._running.remove(sequence)
+        self._free_slots.append(sequence.slot)
+        self._free_cells += sequence.cells
         if sequence.sampler is not None:
             sequence.sampler.close()
         if sequence.filled:
-            self._model.forget(_SEQUENCE)
+            self._model.forget(sequence.slot)
 
     def _drop_cancelled(self) -> None:
-        running = self._running
-        if running is not None and running.id in self._cancelled:
-            self._fail(Cancelled("the generation was cancelled"))
-        if any(sequence.id in self._cancelled for sequence in self._waiting):
-            for sequence in [one for one in self._waiting if one.id in self._cancelled]:
-                self._waiting.remove(sequence)
-                self._emit(["error", sequence.id, Cancelled("the generation was cancelled").to_wire()])
+        for sequence in [one for one in (*self._running, *self._waiting) if one.id in self._cancelled]:
+            self._fail(sequence, Cancelled("the generation was cancelled"))
+
+    def _drop_expired(self) -> None:
+        hurried = [one for one in (*self._running, *self._waiting) if one.deadline is not None]
+        now = self._clock() if hurried else 0.0
+        for sequence in hurried:
+            if sequence.deadline is not None and now >= sequence.deadline:
+                late = f"the deadline of {sequence.request.deadline_ms} ms has passed"
+                self._fail(sequence, DeadlineExceeded(late))

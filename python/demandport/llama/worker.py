@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from demandport.llama.scheduler import Scheduler
 
 _PROGRESS_STEPS = 20
+#: Generations in one decode.
+SEQUENCES = 16
 
 
 class _LogToChannel(logging.Handler):
@@ -103,6 +105,7 @@ class Worker:
             context_length=spec.get("context_length"),
             gpu_layers=spec.get("gpu_layers") or 0,
             threads=spec.get("threads"),
+            sequences=SEQUENCES,
             progress=progress,
         )
         try:
