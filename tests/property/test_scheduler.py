@@ -144,3 +144,9 @@ def test_a_long_prompt_joins_in_small_steps_beside_those_that_generate(model: Mo
     assert first.generated == generated + 2 and 0 < second.filled < len(second.prompt)
     bench.run()
     assert bench.end(1) == bench.end(2) == "done" and bench.is_empty()
+
+
+def test_a_context_for_many_brings_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """Together they have more cells than the model was trained with, each of them has not."""
+    Model(_path("tiny"), sequences=16).close()
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

@@ -70,6 +70,8 @@ class _LogRoute:
         self._level = logging.INFO
         self._line = ""
         self.last_error = ""
+        #: Lines below this level are dropped.
+        self.least = logging.DEBUG
         self.callback = llama_cpp.llama_log_callback(self._accept)
 
     def _accept(self, level: int, text: bytes, _: Any) -> None:
@@ -82,7 +84,7 @@ class _LogRoute:
         if self._level >= logging.ERROR and line:
             self.last_error = line
         # Lines of one token's work must cost nothing unless somebody listens.
-        if line and _log.isEnabledFor(self._level):
+        if line and self._level >= self.least and _log.isEnabledFor(self._level):
             _log.log(self._level, "%s", line)
 
 
@@ -170,7 +172,10 @@ class Model:
         params.n_threads = params.n_threads_batch = self.threads
         params.kv_unified = True
         params.no_perf = True
+        # It warns of more cells than the model was trained with, but no sequence gets more than its share.
+        self._route.least = logging.ERROR if wanted <= self.training_context else logging.DEBUG
         self.context = llama_cpp.llama_init_from_model(self._model, params)
+        self._route.least = logging.DEBUG
         if not self.context:
             why = self._route.last_error or "llama.cpp gives no reason"
             raise OutOfMemory(f"no context of {wanted} tokens for {self.path}: {why}")

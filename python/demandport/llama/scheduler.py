@@ -1,7 +1,4 @@
-"""Decides what the model computes next. One step is one decode, so that messages are looked at in between.
-
-This one runs one sequence at a time, in the order of arrival; its callers see only `submit`, `cancel`, `step`.
-"""
+"""Decides what the model computes next. One step is one decode, so that messages are looked at in between."""
 
 from __future__ import annotations
 
