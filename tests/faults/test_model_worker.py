@@ -118,6 +118,26 @@ def test_requests_at_once_all_get_their_own_text():
     with_gateway(body)
 
 
+def test_a_long_generation_holds_up_no_other():
+    async def body(gateway):
+        ended, began = [], asyncio.Event()
+
+        async def generate(name, **options):
+            events = await gateway.generate(GenerateRequest(prompt="Hello", **options), on_text=lambda _: began.set())
+            async with aclosing(events):
+                async for _ in events:
+                    pass
+            ended.append(name)
+
+        long = asyncio.create_task(generate("long", grammar=LONG))
+        await began.wait()
+        await generate("short", max_tokens=1)
+        await long
+        assert ended == ["short", "long"]
+
+    with_gateway(body)
+
+
 def test_a_consumer_that_leaves_stops_the_model():
     async def body(gateway):
         request = GenerateRequest(prompt="Tell me about cats.", grammar=LONG)

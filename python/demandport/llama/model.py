@@ -169,7 +169,8 @@ class Model:
         params.n_ctx = max(wanted, min(wanted * sequences, SHARED_CELLS))
         params.n_batch = params.n_ubatch = BATCH_TOKENS
         params.n_seq_max = sequences
-        params.n_threads = params.n_threads_batch = self.threads
+        params.n_threads = self.threads  # for one token at a time; a batch is always worth all cores
+        params.n_threads_batch = threads or _cores()
         params.kv_unified = True
         params.no_perf = True
         # It warns of more cells than the model was trained with, but no sequence gets more than its share.
@@ -189,7 +190,7 @@ class Model:
     def _default_threads(self) -> int:
         if int(llama_cpp.llama_model_size(self._model)) < SINGLE_THREAD_BYTES:
             return 1
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return _cores()
 
     def _read_vocabulary(self) -> None:
         vocabulary = llama_cpp.llama_model_get_vocab(self._model)
@@ -327,6 +328,11 @@ class Model:
         model, self._model = self._model, None
         if model:
             llama_cpp.llama_model_free(model)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Batch:
