@@ -150,3 +150,50 @@ def test_a_context_for_many_brings_no_warning(caplog: pytest.LogCaptureFixture) 
     """Together they have more cells than the model was trained with, each of them has not."""
     Model(_path("tiny"), sequences=16).close()
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_prompt_that_has_begun_before_is_computed_from_there(model: Model, alone: Any) -> None:
+    bench, sizes = Bench(model), []
+    decode = model.decode
+    model.decode = lambda: sizes.append(model.batch.size) or decode()  # type: ignore[method-assign, func-returns-value]
+    try:
+        for id in (1, 2):
+            bench.submit(id, 3, tokens=1)
+            bench.run()
+            sizes.append(0)
+    finally:
+        del model.decode
+    first, second = sizes[: sizes.index(0)], sizes[sizes.index(0) + 1 : -1]
+    assert sum(first) > 200 and sum(second) == 1
+    assert bench.text(1) == bench.text(2) and alone(3).startswith(bench.text(2)) and bench.is_empty()
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_prompt_that_goes_on_from_an_answer_is_read_like_any_other(model: Model, tokens: int) -> None:
+    begin = "Once upon a time"
+    bench = Bench(model)
+    bench.scheduler.submit(1, GenerateRequest(prompt=begin, raw=True, max_tokens=tokens, temperature=0))
+    bench.run()
+    whole = GenerateRequest(prompt=f"{begin}{bench.text(1)} and then", raw=True, max_tokens=20, temperature=0)
+    bench.scheduler.submit(2, whole)
+    bench.run()
+    fresh = Bench(model)
+    fresh.scheduler.submit(2, whole)
+    fresh.run()
+    assert bench.text(2) == fresh.text(2) and bench.is_empty()
+
+
+def test_what_is_left_in_cells_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("demandport.llama.model.SHARED_CELLS", 512)
+    model = Model(_path("tiny"), sequences=3)
+    try:
+        bench = Bench(model)
+        bench.submit(1, 3, tokens=5)
+        bench.submit(2, 1, tokens=20)
+        bench.run()
+        bench.submit(3, 1, tokens=460, grammar="root ::= [^ ]{1000}")
+        bench.run()
+        assert [bench.end(id) for id in (1, 2, 3)] == ["done"] * 3 and bench.is_empty()
+        assert bench.said[3][-1][2]["usage"]["completion_tokens"] > 300
+    finally:
+        model.close()

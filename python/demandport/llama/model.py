@@ -313,9 +313,13 @@ class Model:
         if status:
             raise Internal(f"llama.cpp cannot decode: {self._route.last_error or status}")
 
-    def forget(self, sequence: int) -> None:
-        """Free the cells of a sequence."""
-        llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+    def forget(self, sequence: int, start: int = -1) -> bool:
+        """Free the cells of a sequence, from position `start` on if it is given.
+
+        Returns:
+            False when the model cannot forget a part (recurrent ones cannot); then nothing was freed.
+        """
+        return bool(llama_cpp.llama_memory_seq_rm(self._memory, sequence, start, -1))
 
     def close(self) -> None:
         """Free everything; harmless when it is freed."""

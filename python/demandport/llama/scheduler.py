@@ -38,6 +38,9 @@ class _Sequence:
         self.cells = 0
         self.prompt: list[int] = []
         self.filled = 0
+        #: Tokens chosen, and how many of prompt and chosen ones have cells.
+        self.made: list[int] = []
+        self.placed = 0
         self.last = 0
         self.generated = 0
         self.limit = 0
@@ -58,6 +61,8 @@ class Scheduler:
     cells for all it may become, so that none ever runs out of them. Each step holds one token of every sequence that
     generates, and beside them a bounded share of prompts, so that a long prompt does not make the others stutter.
 
+    What a sequence leaves in its cells stays until they are needed: a prompt that begins like it goes on there.
+
     Args:
         emit: gets ``["chunk", id, text]``, ``["progress", id, {done, total, unit}]`` and, once per request
             at its end, ``["done", id, {finish_reason, usage, seed}]`` or ``["error", id, error]``.
@@ -71,6 +76,10 @@ class Scheduler:
         self._running: list[_Sequence] = []
         self._free_slots = list(reversed(range(model.sequences)))
         self._free_cells = model.cells
+        #: Tokens that lie in the cells of free slots, the oldest first.
+        self._left: dict[int, list[int]] = {}
+        for slot in self._free_slots:
+            model.forget(slot)
         self._cancelled: set[int] = set()
         self._sample = llama_cpp.llama_sampler_sample
 
@@ -111,6 +120,7 @@ class Scheduler:
             self._model.decode()
         except DemandportError as failed:
             for sequence in list(self._running):
+                sequence.placed = 0  # nobody knows what its cells hold
                 self._fail(sequence, failed)
             return self.busy
         for sequence, index in choosing:
@@ -143,8 +153,25 @@ class Scheduler:
                 continue
             self._waiting.popleft()
             self._free_cells -= sequence.cells
-            sequence.slot = self._free_slots.pop()
+            self._take_slot(sequence)
             self._running.append(sequence)
+
+    def _take_slot(self, sequence: _Sequence) -> None:
+        """Give it the free slot whose cells hold most of its prompt, or else an empty one, or else the oldest."""
+        shared = {slot: _shared(tokens, sequence.prompt) for slot, tokens in self._left.items()}
+        slot = max(shared, key=lambda slot: shared[slot], default=-1)
+        if slot < 0 or not shared[slot]:
+            slot = next((slot for slot in reversed(self._free_slots) if slot not in self._left), slot)
+        kept = shared.get(slot, 0)
+        if self._left.pop(slot, None) is not None and not (kept and self._model.forget(slot, kept)):
+            self._model.forget(slot)
+            kept = 0
+        self._free_slots.remove(slot)
+        sequence.slot, sequence.filled, sequence.placed = slot, kept, kept
+        while sum(map(len, self._left.values())) > self._free_cells:
+            oldest = next(iter(self._left))
+            del self._left[oldest]
+            self._model.forget(oldest)
 
     def _prepare(self, sequence: _Sequence) -> None:
         """Tokenise the prompt and see what it needs at most."""
@@ -176,6 +203,7 @@ class Scheduler:
             if sequence.filled == len(sequence.prompt):
                 position = sequence.filled + sequence.generated - 1
                 choosing.append((sequence, batch.add(sequence.last, position, sequence.slot, True)))
+                sequence.placed = position + 1
         if len(choosing) == len(self._running):
             return choosing
         room = min(PROMPT_SHARE, BATCH_TOKENS - len(choosing)) if choosing else BATCH_TOKENS
@@ -185,7 +213,7 @@ class Scheduler:
             if start == end:
                 continue
             batch.extend(sequence.prompt[start:end], start, sequence.slot, last=end == total)
-            sequence.filled = end
+            sequence.filled = sequence.placed = end
             room -= end - start
             if total > BATCH_TOKENS:
                 self._emit(["progress", sequence.id, {"done": end, "total": total, "unit": "prompt_tokens"}])
@@ -203,6 +231,7 @@ class Scheduler:
             self._finish(sequence, "stop")
             return
         sequence.last = token
+        sequence.made.append(token)
         sequence.pieces.append(self._model.piece(token))
         now = self._clock()
         due = now - sequence.sent_at >= COALESCE_S
@@ -262,7 +291,9 @@ class Scheduler:
         self._free_cells += sequence.cells
         if sequence.sampler is not None:
             sequence.sampler.close()
-        if sequence.filled:
+        if sequence.placed:
+            self._left[sequence.slot] = [*sequence.prompt, *sequence.made][: sequence.placed]
+        else:
             self._model.forget(sequence.slot)
 
     def _drop_cancelled(self) -> None:
@@ -276,3 +307,13 @@ class Scheduler:
             if sequence.deadline is not None and now >= sequence.deadline:
                 late = f"the deadline of {sequence.request.deadline_ms} ms has passed"
                 self._fail(sequence, DeadlineExceeded(late))
+
+
+def _shared(tokens: list[int], prompt: list[int]) -> int:
+    """How many tokens both begin with; at least one of the prompt is left to be computed."""
+    count = 0
+    for one, other in zip(tokens, prompt[:-1], strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
