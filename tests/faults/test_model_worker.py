@@ -337,7 +337,7 @@ def test_a_worker_killed_while_loading_fails_that_load_alone():
         load = asyncio.ensure_future(gateway.load_model(ModelSpec("tiny")))
         while not live_workers():
             await asyncio.sleep(0)
-        gateway.kill()
+        live_workers()[0].kill()
         with pytest.raises(errors.WorkerCrash):
             await load
         assert (await collect(gateway, temperature=0))[0]

@@ -23,7 +23,6 @@ import anyio.lowlevel
 import pytest
 
 from demandport import Context, Port, node
-from demandport.engine.demand import Demand
 from demandport.engine.executor import Executor
 from demandport.engine.node import DECLARED
 from demandport.engine.registry import hash_of, load_specs
@@ -31,6 +30,7 @@ from demandport.engine.session import Session
 from demandport.errors import Cancelled, DemandportError, Forbidden, TypeMismatch
 from demandport.graph.spec import REQUIRED, NodeSpec
 from demandport.nodes import BUILT_IN
+from sink import Sink
 from support import ServiceProcess, environment, is_terminal
 
 BUILT_INS = load_specs(BUILT_IN)
@@ -62,50 +62,6 @@ class Gate:
 
     async def reached(self) -> None:
         await anyio.to_thread.run_sync(self.wait)
-
-
-class Sink:
-    """Hears one demand."""
-
-    demand: Demand
-
-    def __init__(self, has_room: anyio.Event | None = None) -> None:
-        self.done = anyio.Event()
-        self.outputs: dict[str, Any] = {}
-        self.meta: dict[str, Any] = {}
-        self.failure: DemandportError | None = None
-        self.chunks: list[tuple[str, Any]] = []
-        self.events: list[dict[str, Any]] = []
-        self.asked_for_room = anyio.Event()
-        self._has_room = has_room
-
-    def chunk(self, node: str, port: str, value: Any) -> None:
-        self.chunks.append((port, value))
-
-    def full(self) -> bool:
-        return self._has_room is not None and not self._has_room.is_set()
-
-    async def room(self) -> None:
-        assert self._has_room
-        self.asked_for_room.set()
-        await self._has_room.wait()
-
-    def event(self, event: dict[str, Any]) -> None:
-        self.events.append(event)
-
-    def complete(self, outputs: dict[str, Any], meta: dict[str, Any]) -> None:
-        self.outputs, self.meta = outputs, meta
-        self.done.set()
-
-    def error(self, error: DemandportError, meta: dict[str, Any]) -> None:
-        self.failure = error
-        self.done.set()
-
-    async def result(self) -> dict[str, Any]:
-        await self.done.wait()
-        if self.failure:
-            raise self.failure
-        return self.outputs
 
 
 class Bench:

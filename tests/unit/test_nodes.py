@@ -24,6 +24,7 @@ from demandport.errors import BY_CODE, DemandportError, TypeMismatch
 from demandport.graph.spec import PORT_TYPES, converter
 from demandport.inference.gateway import Gateway
 from demandport.nodes import BUILT_IN, files, inputs
+from sink import Sink
 
 SPECS = {name: spec for name, spec in load_specs(BUILT_IN).items() if spec.call.__module__ in BUILT_IN}
 TIMEOUT_S = 20
@@ -37,47 +38,6 @@ def b64(data: bytes) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ the bench
-
-
-class Sink:
-    """Hears one demand."""
-
-    def __init__(self) -> None:
-        self.done = anyio.Event()
-        self.outputs: dict[str, Any] = {}
-        self.meta: dict[str, Any] = {}
-        self.failure: DemandportError | None = None
-        self.chunks: list[tuple[str, Any]] = []
-        self.events: list[dict[str, Any]] = []
-        self.asked = anyio.Event()
-
-    def chunk(self, node: str, port: str, value: Any) -> None:
-        self.chunks.append((port, value))
-
-    def full(self) -> bool:
-        return False
-
-    async def room(self) -> None: ...
-
-    def event(self, event: dict[str, Any]) -> None:
-        self.events.append(event)
-        if event["event"] == "waiting_for_input":
-            self.asked.set()
-
-    def complete(self, outputs: dict[str, Any], meta: dict[str, Any]) -> None:
-        self.outputs, self.meta = outputs, meta
-        self.done.set()
-
-    def error(self, error: DemandportError, meta: dict[str, Any]) -> None:
-        self.failure = error
-        self.done.set()
-
-    async def result(self) -> dict[str, Any]:
-        with anyio.fail_after(TIMEOUT_S):
-            await self.done.wait()
-        if self.failure:
-            raise self.failure
-        return self.outputs
 
 
 def node(id: str, node_type: str, **data: Any) -> dict[str, Any]:
@@ -613,7 +573,7 @@ async def _human(tasks: anyio.abc.TaskGroup, **data: Any) -> tuple[Session, Sink
     session, sink = Session({"nodes": nodes, "edges": edges_of("h > t")}, SPECS, Executor(tasks, {})), Sink()
     demand = session.demand("t", sink, lambda _: None, events=True, deadline_ms=60_000)
     with anyio.fail_after(TIMEOUT_S):
-        await sink.asked.wait()
+        await sink.asked_for_input.wait()
     return session, sink, demand
 
 

@@ -93,11 +93,6 @@ class Gateway:
         """The models that are loaded or loading, as plain data; does not block."""
         return [_describe(backend) for backend in self._backends.values()]
 
-    def kill(self) -> None:
-        """Kill every worker at once; for a service that ends now."""
-        for backend in self._backends.values():
-            backend.kill()
-
     async def close(self) -> None:
         """Unload everything; returns when every worker is reaped."""
         self._closed = True

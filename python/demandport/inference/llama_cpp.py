@@ -213,11 +213,6 @@ class LlamaCppBackend:
         if worker is not None:
             await worker.stop()
 
-    def kill(self) -> None:
-        """Kill the worker at once; what it runs ends with `worker_crash`."""
-        if self._worker is not None:
-            self._worker.kill()
-
     def _next_id(self) -> int:
         self._last_id += 1
         return self._last_id

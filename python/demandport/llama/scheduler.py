@@ -41,7 +41,6 @@ class _Sequence:
         #: Tokens chosen, and how many of prompt and chosen ones have cells.
         self.made: list[int] = []
         self.placed = 0
-        self.last = 0
         self.generated = 0
         self.limit = 0
         self.sampler: Sampler | None = None
@@ -202,7 +201,7 @@ class Scheduler:
         for sequence in self._running:
             if sequence.filled == len(sequence.prompt):
                 position = sequence.filled + sequence.generated - 1
-                choosing.append((sequence, batch.add(sequence.last, position, sequence.slot, True)))
+                choosing.append((sequence, batch.add(sequence.made[-1], position, sequence.slot, True)))
                 sequence.placed = position + 1
         if len(choosing) == len(self._running):
             return choosing
@@ -230,7 +229,6 @@ class Scheduler:
         if token in self._model.ends:
             self._finish(sequence, "stop")
             return
-        sequence.last = token
         sequence.made.append(token)
         sequence.pieces.append(self._model.piece(token))
         now = self._clock()
