@@ -13,7 +13,7 @@ from typing import Any
 
 import llama_cpp
 
-from demandport.inference.backend import GenerateRequest
+from demandport.inference.requests import GenerateRequest
 from demandport.llama.model import BATCH_TOKENS, Model
 from demandport.llama.prompt import PromptBuilder
 from demandport.llama.sampling import Sampler

@@ -15,8 +15,10 @@ import psutil
 import pytest
 
 from demandport import errors
-from demandport.inference.backend import Finished, GenerateRequest, ModelSpec, TextChunk
+from demandport.inference.backend import Finished, TextChunk
+from demandport.inference.config import ModelSpec
 from demandport.inference.gateway import Gateway
+from demandport.inference.requests import GenerateRequest
 from demandport.workers.process import WorkerProcess, kill_all, live_workers
 from support import gone
 
@@ -479,7 +481,8 @@ def test_a_grandchild_goes_with_its_worker():
 
 SERVICE = """
 import asyncio, sys
-from demandport.inference.backend import GenerateRequest, ModelSpec
+from demandport.inference.config import ModelSpec
+from demandport.inference.requests import GenerateRequest
 from demandport.inference.gateway import Gateway
 from demandport.workers.process import WorkerProcess, live_workers
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from demandport.inference.backend import GenerateRequest
 from demandport.inference.gateway import _path
+from demandport.inference.requests import GenerateRequest
 from demandport.llama.model import Model
 from demandport.llama.scheduler import Scheduler
 

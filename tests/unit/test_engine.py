@@ -26,7 +26,8 @@ from demandport.engine.session import Session
 from demandport.engine.threads import Threads
 from demandport.errors import DeadlineExceeded, DemandportError, QueueFull, UnknownNode, UnknownPort
 from demandport.graph.spec import Port
-from demandport.inference.backend import Finished, GenerateRequest, Usage
+from demandport.inference.backend import Finished, Usage
+from demandport.inference.requests import GenerateRequest
 from demandport.nodes import BUILT_IN
 
 GUARD_S = 10.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from demandport.errors import TooLarge, TypeMismatch
-from demandport.inference.backend import MAX_SEED, GenerateRequest, ModelSpec
+from demandport.inference.config import ModelSpec
+from demandport.inference.requests import MAX_SEED, GenerateRequest
 from demandport.llama.sampling import draw_seed, grammar_text
 
 WRONG = [

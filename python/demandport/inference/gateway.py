@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from demandport.errors import BackendUnavailable, ModelLoadFailed, ModelNotFound
-from demandport.inference.backend import Event, GenerateRequest, ModelSpec
+from demandport.inference.backend import Event
+from demandport.inference.config import TINY, ModelSpec
 from demandport.inference.llama_cpp import LlamaCppBackend, LogSink
-
-#: The model that comes with the package.
-TINY = "tiny"
+from demandport.inference.requests import GenerateRequest
 
 
 @dataclass(frozen=True, slots=True)

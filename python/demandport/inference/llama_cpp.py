@@ -6,7 +6,7 @@ import asyncio
 import importlib.util
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,20 @@ from demandport.inference.backend import (
     Capabilities,
     Event,
     Finished,
-    GenerateRequest,
-    ModelSpec,
     Progress,
     TextChunk,
     Usage,
 )
+from demandport.inference.config import ModelSpec
+from demandport.inference.requests import GenerateRequest
 from demandport.workers.process import Message, WorkerProcess
 
 WORKER_MODULE = "demandport.llama.worker"
 #: Generations that may run or wait in one backend.
 MAX_IN_FLIGHT = 1024
 READY_TIMEOUT_S = 60.0
+#: What of a `GenerateRequest` the worker honours.
+PARAMETERS = frozenset(field.name for field in fields(GenerateRequest)) - {"tools", "tool_choice"}
 # The worker keeps the deadline itself; this much later the service stops waiting for one that hangs.
 _DEADLINE_GRACE_S = 0.05
 # How a process ends that a model file has brought down; any other end says nothing about the file.
@@ -91,7 +93,7 @@ class LlamaCppBackend:
 
     def capabilities(self) -> Capabilities:
         """What it can do."""
-        return Capabilities(grammar=True, json_schema=True)
+        return Capabilities(frozenset({"generate"}), PARAMETERS)
 
     def health(self) -> BackendHealth:
         """How it stands now."""

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from demandport.errors import ModelLoadFailed, TypeMismatch
-from demandport.inference.backend import GenerateRequest
+from demandport.inference.requests import GenerateRequest
 from demandport.llama.model import Model, special_pattern
 
 RENDER_TIMEOUT_S = 5.0

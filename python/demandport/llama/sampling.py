@@ -9,12 +9,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from demandport.errors import Internal, TooLarge, TypeMismatch
-from demandport.inference.backend import MAX_GRAMMAR_BYTES, MAX_SEED, GenerateRequest
+from demandport.inference.requests import MAX_GRAMMAR_BYTES, MAX_SEED, GenerateRequest
 
 # Beyond these llama.cpp's recursive parser, or the grammar it unrolls, can take the process down.
 MAX_NESTING = 64
 MAX_REPETITION = 1000
 MAX_SCHEMA_BYTES = 64 * 1024
+
+#: What a request leaves open; those of llama.cpp's own programs.
+_DEFAULTS: dict[str, float] = {
+    "temperature": 0.8,
+    "top_k": 40,
+    "top_p": 0.95,
+    "min_p": 0.05,
+    "repeat_penalty": 1.0,
+    "repeat_last_n": 64,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+}
 
 _OPEN, _CLOSE = "([{", ")]}"
 _LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|#[^\n]*', re.DOTALL)
@@ -154,11 +166,11 @@ class Sampler:
         self._add(made)
 
     def _add_penalties(self, request: GenerateRequest, tokens: int, context_length: int, prompt: Sequence[int]) -> None:
-        last = context_length if request.repeat_last_n < 0 else request.repeat_last_n
+        last = int(_said(request, "repeat_last_n"))
+        if last < 0:
+            last = context_length
         repeat, frequency, presence = (
-            request.repeat_penalty,
-            request.frequency_penalty,
-            request.presence_penalty,
+            _said(request, name) for name in ("repeat_penalty", "frequency_penalty", "presence_penalty")
         )
         if last == 0 or (repeat == 1 and frequency == 0 and presence == 0):
             return
@@ -169,14 +181,20 @@ class Sampler:
 
     def _add_choice(self, request: GenerateRequest, seed: int) -> None:
         llama = self._llama
-        if request.temperature == 0:  # the most likely token survives top_k, top_p and min_p whatever they are
+        temperature, top_k, top_p, min_p = (_said(request, name) for name in ("temperature", "top_k", "top_p", "min_p"))
+        if temperature == 0:  # the most likely token survives top_k, top_p and min_p whatever they are
             self._add(llama.llama_sampler_init_greedy())
             return
-        if request.top_k > 0:
-            self._add(llama.llama_sampler_init_top_k(request.top_k))
-        if request.top_p < 1:
-            self._add(llama.llama_sampler_init_top_p(request.top_p, 1))
-        if request.min_p > 0:
-            self._add(llama.llama_sampler_init_min_p(request.min_p, 1))
-        self._add(llama.llama_sampler_init_temp(request.temperature))
+        if top_k > 0:
+            self._add(llama.llama_sampler_init_top_k(int(top_k)))
+        if top_p < 1:
+            self._add(llama.llama_sampler_init_top_p(top_p, 1))
+        if min_p > 0:
+            self._add(llama.llama_sampler_init_min_p(min_p, 1))
+        self._add(llama.llama_sampler_init_temp(temperature))
         self._add(llama.llama_sampler_init_dist(seed))
+
+
+def _said(request: GenerateRequest, name: str) -> float:
+    value: float | None = getattr(request, name)
+    return _DEFAULTS[name] if value is None else value

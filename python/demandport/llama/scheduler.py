@@ -10,7 +10,8 @@ from typing import Any
 import llama_cpp
 
 from demandport.errors import Cancelled, ContextOverflow, DeadlineExceeded, DemandportError, Internal
-from demandport.inference.backend import DEFAULT_MAX_TOKENS, FinishReason, GenerateRequest
+from demandport.inference.backend import FinishReason
+from demandport.inference.requests import DEFAULT_MAX_TOKENS, GenerateRequest
 from demandport.llama.model import BATCH_TOKENS, Model
 from demandport.llama.prompt import PromptBuilder
 from demandport.llama.sampling import Sampler, draw_seed

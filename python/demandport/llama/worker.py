@@ -118,7 +118,7 @@ class Worker:
         return model.info()
 
     def _submit(self, request_id: int, options: dict[str, Any]) -> None:
-        from demandport.inference.backend import GenerateRequest
+        from demandport.inference.requests import GenerateRequest
 
         try:
             if self._scheduler is None:

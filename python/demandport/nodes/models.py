@@ -9,8 +9,10 @@ from typing import Annotated, Any
 from demandport.engine.node import Context, node
 from demandport.errors import TypeMismatch
 from demandport.graph.spec import Port
-from demandport.inference.backend import Finished, GenerateRequest, ModelSpec, Progress
+from demandport.inference.backend import Finished, Progress
+from demandport.inference.config import ModelSpec
 from demandport.inference.gateway import Gateway
+from demandport.inference.requests import GenerateRequest
 
 Prompt = Annotated[str, Port(type="prompt")]
 #: Ports that are sampling parameters of the request, by the names they have there.
@@ -84,7 +86,7 @@ async def llamacpp_inference(
         "response": "".join(pieces),
         "model_path": model_path,
         "model_ref": {"model": model_path, "backend": "llama.cpp"},
-        "usage": asdict(finished.usage),
+        "usage": None if finished.usage is None else asdict(finished.usage),
         "finish_reason": finished.finish_reason,
         "seed": finished.seed,
     }

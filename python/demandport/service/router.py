@@ -37,7 +37,7 @@ from demandport.errors import (
 from demandport.graph.loading import load
 from demandport.graph.spec import NodeSpec
 from demandport.graph.validation import problems_of
-from demandport.inference.backend import ModelSpec
+from demandport.inference.config import ModelSpec
 from demandport.inference.gateway import Gateway
 from demandport.pipes import Writer
 from demandport.service.streams import WireSink
@@ -361,7 +361,9 @@ class Service:
 
     def _load_model(self, message: m.LoadModel) -> Any:
         spec = message.spec
-        wanted = ModelSpec(spec.model, spec.context_length, spec.gpu_layers, spec.threads)
+        wanted = ModelSpec(
+            spec.model, context_length=spec.context_length, gpu_layers=spec.gpu_layers, threads=spec.threads
+        )
         return self._later(message.id, lambda: self._gateway.load_model(wanted))
 
     def _unload_model(self, message: m.UnloadModel) -> Any:
