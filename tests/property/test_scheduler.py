@@ -61,7 +61,7 @@ class Bench:
     def is_empty(self) -> bool:
         """Every slot and every cell is free again."""
         scheduler = self.scheduler
-        free = len(scheduler._free_slots), scheduler._free_cells
+        free = len(scheduler._cells.free), scheduler._cells.free_cells
         return free == (scheduler._model.sequences, scheduler._model.cells) and not scheduler.busy
 
 
@@ -141,7 +141,7 @@ def test_a_long_prompt_joins_in_small_steps_beside_those_that_generate(model: Mo
     bench.submit(2, 3)
     bench.run(2)
     first, second = bench.scheduler._running
-    assert first.generated == generated + 2 and 0 < second.filled < len(second.prompt)
+    assert first.generated == generated + 2 and 0 < second.slot.placed < len(second.prompt)
     bench.run()
     assert bench.end(1) == bench.end(2) == "done" and bench.is_empty()
 

@@ -6,6 +6,8 @@ A bad file or a failed assertion inside llama.cpp aborts the whole process; that
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
 import logging
 import os
 import re
@@ -18,6 +20,7 @@ from typing import Any
 import llama_cpp
 
 from demandport.errors import Internal, ModelLoadFailed, ModelNotFound, OutOfMemory
+from demandport.inference.backend import Operation
 
 DEFAULT_CONTEXT_LENGTH = 4096
 #: Most tokens in one decode. Small chunks let a cancel through soon.
@@ -31,6 +34,10 @@ _GGUF_VERSIONS = (2, 3)
 _GGUF_HEADER = struct.Struct("<4sIQQ")
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _CONTINUATION = 5
+_FINGERPRINT_BYTES = 1 << 20
+
+#: LoRA adapters: (path, scale) each.
+Adapters = tuple[tuple[str, float], ...]
 _log = logging.getLogger("llama.cpp")
 
 
@@ -110,6 +117,7 @@ class Model:
         gpu_layers: layers to put on a GPU; -1: all.
         threads: threads that compute; None: one per core that this process may use, one for a very small model.
         sequences: most sequences at a time; they share `cells`, as many for each while there are few.
+        purpose: ``generate``, or ``embed`` or ``rerank``: then its outputs are vectors, or scores, of sequences.
         progress: called with 0.0 to 1.0 while it loads.
 
     Raises:
@@ -125,6 +133,7 @@ class Model:
         gpu_layers: int = 0,
         threads: int | None = None,
         sequences: int = 1,
+        purpose: Operation = "generate",
         progress: Callable[[float], None] | None = None,
     ) -> None:
         check_file(path)
@@ -133,9 +142,13 @@ class Model:
         self._model: Any = None
         self.context: Any = None
         self._batch: Batch | None = None
+        self._adapters: dict[str, Any] = {}
+        self._applied: Adapters = ()
         try:
             self._load(gpu_layers, progress)
-            self._open_context(context_length, threads, sequences)
+            self.metadata = self._read_metadata()
+            self._check_purpose(purpose)
+            self._open_context(context_length, threads, sequences, purpose)
             self._read_vocabulary()
         except BaseException:
             self.close()
@@ -159,15 +172,30 @@ class Model:
             why = self._route.last_error or "llama.cpp gives no reason"
             raise ModelLoadFailed(f"{self.path} cannot be loaded: {why}")
         if not llama_cpp.llama_model_has_decoder(self._model) or llama_cpp.llama_model_has_encoder(self._model):
-            raise ModelLoadFailed(f"{self.path} is no decoder-only model, so it cannot generate text here")
+            raise ModelLoadFailed(f"{self.path} is an encoder-decoder model, which cannot be run here")
+        #: A part of a sequence can be forgotten or copied: not so where a state stands for all that was read.
+        self.forgets_parts = not (
+            llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(self._model)
+        )
 
-    def _open_context(self, context_length: int | None, threads: int | None, sequences: int) -> None:
+    def _check_purpose(self, purpose: Operation) -> None:
+        kind = self.metadata.get("general.architecture", "")
+        if purpose == "generate" and self.metadata.get(f"{kind}.attention.causal") == "false":
+            raise ModelLoadFailed(f"{self.path} is a model for embeddings ({kind}); it cannot generate text")
+
+    def _open_context(
+        self, context_length: int | None, threads: int | None, sequences: int, purpose: Operation
+    ) -> None:
         self.training_context = int(llama_cpp.llama_model_n_ctx_train(self._model))
         wanted = context_length or min(self.training_context or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH)
         self.threads = threads or self._default_threads()
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = max(wanted, min(wanted * sequences, SHARED_CELLS))
         params.n_batch = params.n_ubatch = BATCH_TOKENS
+        if purpose != "generate":  # a sequence is read in one go
+            params.n_ctx = params.n_batch = params.n_ubatch = wanted
+            params.embeddings = True
+            params.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_RANK if purpose == "rerank" else self._pooling()
         params.n_seq_max = sequences
         params.n_threads = self.threads  # for one token at a time; a batch is always worth all cores
         params.n_threads_batch = threads or _cores()
@@ -185,7 +213,13 @@ class Model:
         self.context_length = min(wanted, self.cells)
         self.sequences = sequences
         self._memory = llama_cpp.llama_get_memory(self.context)
-        self._batch = Batch(BATCH_TOKENS)
+        self._batch = Batch(int(params.n_batch))
+
+    def _pooling(self) -> int:
+        """How a sequence's vectors become one: as the file says, or by their mean."""
+        said = self.metadata.get(f"{self.metadata.get('general.architecture', '')}.pooling_type")
+        kinds = (llama_cpp.LLAMA_POOLING_TYPE_MEAN, llama_cpp.LLAMA_POOLING_TYPE_CLS, llama_cpp.LLAMA_POOLING_TYPE_LAST)
+        return next((kind for kind in kinds if str(int(kind)) == said), llama_cpp.LLAMA_POOLING_TYPE_MEAN)
 
     def _default_threads(self) -> int:
         if int(llama_cpp.llama_model_size(self._model)) < SINGLE_THREAD_BYTES:
@@ -244,7 +278,7 @@ class Model:
         """What templates know as ``eos_token``."""
         return self.token_text(int(llama_cpp.llama_vocab_eos(self.vocabulary)))
 
-    def metadata(self, limit_bytes: int = 512) -> dict[str, str]:
+    def _read_metadata(self, limit_bytes: int = 512) -> dict[str, str]:
         """The file's key-value pairs; longer values are left out."""
         pairs: dict[str, str] = {}
         key, value = ctypes.create_string_buffer(256), ctypes.create_string_buffer(limit_bytes)
@@ -268,7 +302,7 @@ class Model:
             "vocabulary_tokens": self.tokens,
             "threads": self.threads,
             "chat_template": self.chat_template is not None,
-            "name": self.metadata().get("general.name", ""),
+            "name": self.metadata.get("general.name", ""),
         }
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
@@ -320,6 +354,87 @@ class Model:
             False when the model cannot forget a part (recurrent ones cannot); then nothing was freed.
         """
         return bool(llama_cpp.llama_memory_seq_rm(self._memory, sequence, start, -1))
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Give the empty sequence `target` the cells of the first `count` tokens of `source`; both share them."""
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, count)
+
+    def load_adapters(self, adapters: Adapters) -> None:
+        """Load the files of LoRA adapters that are not loaded yet.
+
+        Raises:
+            ModelNotFound, ModelLoadFailed: a file is no adapter of this model.
+        """
+        for path, _ in adapters:
+            if path not in self._adapters:
+                self._adapters[path] = self._load_adapter(path)
+
+    def apply(self, adapters: Adapters) -> None:
+        """Have the next decodes use these LoRA adapters, which are loaded, and no others."""
+        if adapters == self._applied:
+            return
+        count = len(adapters)
+        array = (llama_cpp.llama_adapter_lora_p_ctypes * count)(*(self._adapters[path] for path, _ in adapters))
+        scales = (ctypes.c_float * count)(*(scale for _, scale in adapters))
+        if llama_cpp.llama_set_adapters_lora(self.context, array, count, scales):
+            raise Internal("llama.cpp cannot apply the adapters")
+        self._applied = adapters
+
+    def _load_adapter(self, path: str) -> Any:
+        check_file(Path(path))
+        self._route.last_error = ""
+        handle = llama_cpp.llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not handle:
+            why = self._route.last_error or "llama.cpp gives no reason"
+            raise ModelLoadFailed(f"{path} is no adapter for {self.path}: {why}")
+        return handle
+
+    def logits(self, index: int) -> Any:
+        """The scores of all tokens at an output of the last decode: floats of numpy, valid until the next."""
+        import numpy
+
+        found = llama_cpp.llama_get_logits_ith(self.context, index)
+        return numpy.ctypeslib.as_array(found, shape=(self.tokens,))
+
+    def vector(self, sequence: int, size: int) -> list[float]:
+        """The first `size` numbers that the last decode gave for a sequence.
+
+        Raises:
+            Internal: it gave none.
+        """
+        found = llama_cpp.llama_get_embeddings_seq(self.context, sequence)
+        if not found:
+            raise Internal("llama.cpp gives no vector for the sequence")
+        return [float(found[index]) for index in range(size)]
+
+    @property
+    def dimensions(self) -> int:
+        """Length of the vectors of an embedding model."""
+        return int(llama_cpp.llama_model_n_embd(self._model))
+
+    def state(self, sequence: int) -> bytes:
+        """What its cells hold, for `restore`."""
+        size = llama_cpp.llama_state_seq_get_size(self.context, sequence)
+        buffer = (ctypes.c_uint8 * size)()
+        written = llama_cpp.llama_state_seq_get_data(self.context, buffer, size, sequence)
+        return bytes(memoryview(buffer)[:written])
+
+    def restore(self, sequence: int, state: bytes) -> bool:
+        """Fill the empty sequence from `state` of the same model; False, and it stays empty, if it does not fit."""
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if llama_cpp.llama_state_seq_set_data(self.context, buffer, len(state), sequence) == 0:
+            self.forget(sequence)
+            return False
+        return True
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Names the file's content: size, beginning and end of it, hashed."""
+        with self.path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(_FINGERPRINT_BYTES)
+            file.seek(max(0, size - _FINGERPRINT_BYTES))
+            return hashlib.sha256(b"%d" % size + head + file.read()).hexdigest()[:32]
 
     def close(self) -> None:
         """Free everything; harmless when it is freed."""

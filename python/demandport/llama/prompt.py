@@ -13,9 +13,10 @@ differently from what the model was trained on. So:
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -43,21 +44,41 @@ class PromptBuilder:
         self._template = None if source is None else _compile(source)
 
     def tokens(self, request: GenerateRequest) -> list[int]:
-        """The prompt's tokens, the one that begins every text included.
+        """The prompt's tokens, the one that begins every text included, unless it goes on from a KV cache.
 
         Raises:
             TypeMismatch: the template refuses the messages, or the model has none and needs one for them.
         """
+        tokens = self._unbegun(request)
+        if request.kv_cache is None:
+            return self._begun(tokens)
+        return tokens[1:] if tokens[:1] == [self._model.begin] else tokens
+
+    def turn_end(self, request: GenerateRequest) -> list[int]:
+        """The tokens that the template puts after an answer, before the next message; none without a template."""
+        return [] if request.raw or self._template is None else self._turn_end
+
+    @functools.cached_property
+    def _turn_end(self) -> list[int]:
+        answer = chr(_PRIVATE.start)
+        try:
+            rendered = self._render(
+                [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}], answered=True
+            )
+        except TypeMismatch:
+            return []
+        return list(self._pieces(rendered.rpartition(answer)[2], {}))
+
+    def _unbegun(self, request: GenerateRequest) -> list[int]:
         if request.raw:
-            return self._begun(self._model.tokenize(request.prompt or "", special=True))
+            return self._model.tokenize(request.prompt or "", special=True)
         if self._template is None:
-            return self._begun(self._model.tokenize(_without_template(request), special=False))
-        messages = _messages(request)
-        masks = self._masks(messages)
-        masked = [{**message, "content": message["content"].translate(masks)} for message in messages]
-        rendered = self._render(masked)
+            return self._model.tokenize(_without_template(request), special=False)
+        messages = [_flat(message) for message in request.conversation()]
+        masks = self._masks(list(_texts(messages)))
+        rendered = self._render(_mapped(messages, lambda text: text.translate(masks)))
         unmask = {ord(private): chr(plain) for plain, private in masks.items()}
-        return self._begun(list(self._pieces(rendered, unmask)))
+        return list(self._pieces(rendered, unmask))
 
     def _begun(self, tokens: list[int]) -> list[int]:
         model = self._model
@@ -65,15 +86,15 @@ class PromptBuilder:
             return [model.begin, *tokens]
         return tokens
 
-    def _masks(self, messages: list[dict[str, str]]) -> dict[int, str]:
-        used = {character for message in messages for character in message["content"] if character >= "\U0010f000"}
+    def _masks(self, texts: list[str]) -> dict[int, str]:
+        used = {character for text in texts for character in text if character >= "\U0010f000"}
         free = (chr(code) for code in _PRIVATE if chr(code) not in used)
         masks = {ord(first): private for first, private in zip(self._firsts, free, strict=False)}
         if len(masks) < len(self._firsts):
             raise TypeMismatch("the messages hold too many private-use characters to be told from control tokens")
         return masks
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(self, messages: list[dict[str, Any]], answered: bool = False) -> str:
         from jinja2 import TemplateError
 
         assert self._template is not None
@@ -82,7 +103,7 @@ class PromptBuilder:
                 return str(
                     self._template.render(
                         messages=messages,
-                        add_generation_prompt=True,
+                        add_generation_prompt=not answered,
                         bos_token=self._model.begin_text,
                         eos_token=self._model.end_text,
                     )
@@ -104,11 +125,30 @@ class PromptBuilder:
         return self._model.tokenize(text.translate(unmask), special=False) if text else []
 
 
-def _messages(request: GenerateRequest) -> list[dict[str, str]]:
-    messages = [{"role": "system", "content": request.system_prompt}] if request.system_prompt is not None else []
-    if request.messages is not None:
-        return [*messages, *({"role": one["role"], "content": one["content"]} for one in request.messages)]
-    return [*messages, {"role": "user", "content": request.prompt or ""}]
+def _flat(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its parts of text as one: templates of models without vision know no parts."""
+    content = message["content"]
+    return message if isinstance(content, str) else {**message, "content": "".join(part["text"] for part in content)}
+
+
+def _mapped(value: Any, change: Callable[[str], str], key: str = "") -> Any:
+    """`value` with every text in it changed, but for roles and types, which the template compares."""
+    if isinstance(value, str):
+        return value if key in ("role", "type") else change(value)
+    if isinstance(value, list):
+        return [_mapped(one, change) for one in value]
+    return {name: _mapped(one, change, name) for name, one in value.items()} if isinstance(value, dict) else value
+
+
+def _texts(messages: list[dict[str, Any]]) -> list[str]:
+    found: list[str] = []
+
+    def keep(text: str) -> str:
+        found.append(text)
+        return text
+
+    _mapped(messages, keep)
+    return found
 
 
 def _without_template(request: GenerateRequest) -> str:

@@ -2,84 +2,77 @@
 
 from __future__ import annotations
 
+import bisect
 import time
-from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
 
-from demandport.errors import Cancelled, ContextOverflow, DeadlineExceeded, DemandportError, Internal
+from demandport.errors import Cancelled, ContextOverflow, DeadlineExceeded, DemandportError, Internal, TypeMismatch
+from demandport.inference import caches
 from demandport.inference.backend import FinishReason
 from demandport.inference.requests import DEFAULT_MAX_TOKENS, GenerateRequest
-from demandport.llama.model import BATCH_TOKENS, Model
+from demandport.llama.cells import Cells, Slot
+from demandport.llama.logprobs import logprobs
+from demandport.llama.model import BATCH_TOKENS, Adapters, Model
+from demandport.llama.pace import Pace
 from demandport.llama.prompt import PromptBuilder
 from demandport.llama.sampling import Sampler, draw_seed
-from demandport.llama.text import Detokenizer, StopFilter
-
-#: Text is held back at most this long: a hundred messages a second are as many as anyone sees, and each one takes the
-#: cores some tenths of a millisecond of computing. A model of up to a hundred tokens a second sends each at once.
-COALESCE_S = 0.010
-#: Tokens of prompts in a step beside running generations; with nothing else to do a step takes `BATCH_TOKENS`.
-PROMPT_SHARE = 64
+from demandport.llama.text import Output
 
 Emit = Callable[[list[Any]], None]
 
 
 class _Sequence:
-    """One generation with all it needs; made when its turn comes."""
+    """One generation with all it needs; most of it is made when its turn comes."""
 
-    def __init__(self, request_id: int, request: GenerateRequest, deadline: float | None) -> None:
+    def __init__(self, request_id: int, request: GenerateRequest, deadline: float | None, save: Path | None) -> None:
         self.id = request_id
         self.request = request
         self.deadline = deadline
+        #: Where its cells are to be saved, in place of a token being chosen.
+        self.save = save
         self.seed = draw_seed() if request.seed is None else request.seed
-        self.slot = -1
-        #: Cells that it may come to need.
-        self.cells = 0
+        self.adapters: Adapters = tuple((one["path"], float(one.get("scale") or 1.0)) for one in request.adapters)
         self.prompt: list[int] = []
-        self.filled = 0
-        #: Tokens chosen, and how many of prompt and chosen ones have cells.
-        self.made: list[int] = []
-        self.placed = 0
-        self.generated = 0
+        #: Most tokens it may generate, and how many it has.
         self.limit = 0
+        self.generated = 0
+        #: Tokens of the prompt that were computed, not found.
+        self.computed = 0
+        self.slot: Slot | None = None
         self.sampler: Sampler | None = None
-        self.detokenizer = Detokenizer()
-        self.stops = StopFilter(request.stop)
-        #: Bytes of tokens that have not been read as text yet, and text that has not been sent.
-        self.pieces: list[bytes] = []
-        self.pending: list[str] = []
-        self.sent_at = 0.0
+        self.output = Output(request.stop)
+        self.logprobs: list[dict[str, Any]] = []
 
 
 class Scheduler:
     """Runs generations on one model, many in one decode: continuous batching. Everything but `cancel` belongs to the
     thread that owns the model.
 
-    Between two decodes sequences join and leave. One joins, in the order of arrival, when there is a slot for it, and
-    cells for all it may become, so that none ever runs out of them. Each step holds one token of every sequence that
-    generates, and beside them a bounded share of prompts, so that a long prompt does not make the others stutter.
-
-    What a sequence leaves in its cells stays until they are needed: a prompt that begins like it goes on there.
+    Between two decodes sequences join and leave. One joins, by priority and then in the order of arrival, when there is
+    a slot for it and cells for all it may become. Each step holds one token of every sequence that generates, and
+    beside them as much of prompts as does not make the others stutter (`Pace`). Prompts that begin like something in
+    the cells are computed from where they part (`Cells`). Sequences with different LoRA adapters take turns.
 
     Args:
         emit: gets ``["chunk", id, text]``, ``["progress", id, {done, total, unit}]`` and, once per request
-            at its end, ``["done", id, {finish_reason, usage, seed}]`` or ``["error", id, error]``.
+            at its end, ``["done", id, result]`` or ``["error", id, error]``.
         clock: seconds, monotonic.
     """
 
     def __init__(self, model: Model, emit: Emit, clock: Callable[[], float] = time.monotonic) -> None:
         self._model, self._emit, self._clock = model, emit, clock
         self._prompts = PromptBuilder(model)
-        self._waiting: deque[_Sequence] = deque()
+        self._cells = Cells(model)
+        self._pace = Pace(model.sequences)
+        #: By priority, then by arrival; their prompts are read when there is time.
+        self._waiting: list[_Sequence] = []
+        self._unread = 0
         self._running: list[_Sequence] = []
-        self._free_slots = list(reversed(range(model.sequences)))
-        self._free_cells = model.cells
-        #: Tokens that lie in the cells of free slots, the oldest first.
-        self._left: dict[int, list[int]] = {}
-        for slot in self._free_slots:
-            model.forget(slot)
+        self._turn = 0
         self._cancelled: set[int] = set()
         self._sample = llama_cpp.llama_sampler_sample
 
@@ -88,10 +81,16 @@ class Scheduler:
         """There is something to do for `step`."""
         return bool(self._running or self._waiting)
 
-    def submit(self, request_id: int, request: GenerateRequest) -> None:
-        """Take a request in; what becomes of it is emitted, errors too."""
+    def submit(self, request_id: int, request: GenerateRequest, save: Path | None = None) -> None:
+        """Take a request in; what becomes of it is emitted, errors too.
+
+        Args:
+            save: compute the prompt alone, and save what the cells then hold in this file.
+        """
         deadline = None if request.deadline_ms is None else self._clock() + request.deadline_ms / 1000
-        self._waiting.append(_Sequence(request_id, request, deadline))
+        sequence = _Sequence(request_id, request, deadline, save)
+        bisect.insort(self._waiting, sequence, key=lambda one: -one.request.priority)
+        self._unread += 1
 
     def cancel(self, request_id: int) -> None:
         """End a request with `cancelled` before its next token. From any thread, also before its `submit`.
@@ -110,22 +109,28 @@ class Scheduler:
         """One decode; blocks for its time. False when nothing is left."""
         if self._cancelled:
             self._drop_cancelled()
-        self._drop_expired()
+        started = self._clock()
+        self._drop_expired(started)
         if self._waiting:
+            self._read_prompts()
             self._admit()
         if not self._running:
             return self.busy
-        choosing = self._compose()
         try:
+            choosing, generating, prompt_tokens = self._compose()
+            started = self._clock()
             self._model.decode()
         except DemandportError as failed:
             for sequence in list(self._running):
-                sequence.placed = 0  # nobody knows what its cells hold
+                assert sequence.slot is not None
+                self._cells.spoil(sequence.slot)
                 self._fail(sequence, failed)
             return self.busy
+        now = self._clock()
+        self._pace.took(now - started, generating, prompt_tokens)
         for sequence, index in choosing:
             try:
-                self._choose(sequence, index)
+                self._choose(sequence, index, now)
             except DemandportError as failed:
                 self._fail(sequence, failed)
         return self.busy
@@ -136,47 +141,28 @@ class Scheduler:
             self._release(sequence)
         self._waiting.clear()
 
-    # -------------------------------------------------------------------------------------- what runs
+    # -------------------------------------------------------------------------------------- what joins
 
-    def _admit(self) -> None:
-        """Let waiting sequences in, in the order they came: one that finds no room holds those behind it."""
-        while self._waiting and self._free_slots:
-            sequence = self._waiting[0]
+    def _read_prompts(self) -> None:
+        """Tokenise for as many as may join now, and at least one: what cannot be run is refused soon, and a thousand
+        that arrive together hold nobody up."""
+        room = max(1, len(self._cells.free))
+        for sequence in [one for one in self._waiting if not one.prompt][:room] if self._unread else ():
             try:
-                if not sequence.prompt:
-                    self._prepare(sequence)
-                if sequence.cells > self._free_cells:
-                    return
-                sequence.sampler = self._sampler(sequence)
+                self._read_prompt(sequence)
+                self._unread -= 1
             except DemandportError as failed:
                 self._fail(sequence, failed)
-                continue
-            self._waiting.popleft()
-            self._free_cells -= sequence.cells
-            self._take_slot(sequence)
-            self._running.append(sequence)
 
-    def _take_slot(self, sequence: _Sequence) -> None:
-        """Give it the free slot whose cells hold most of its prompt, or else an empty one, or else the oldest."""
-        shared = {slot: _shared(tokens, sequence.prompt) for slot, tokens in self._left.items()}
-        slot = max(shared, key=lambda slot: shared[slot], default=-1)
-        if slot < 0 or not shared[slot]:
-            slot = next((slot for slot in reversed(self._free_slots) if slot not in self._left), slot)
-        kept = shared.get(slot, 0)
-        if self._left.pop(slot, None) is not None and not (kept and self._model.forget(slot, kept)):
-            self._model.forget(slot)
-            kept = 0
-        self._free_slots.remove(slot)
-        sequence.slot, sequence.filled, sequence.placed = slot, kept, kept
-        while sum(map(len, self._left.values())) > self._free_cells:
-            oldest = next(iter(self._left))
-            del self._left[oldest]
-            self._model.forget(oldest)
-
-    def _prepare(self, sequence: _Sequence) -> None:
-        """Tokenise the prompt and see what it needs at most."""
+    def _read_prompt(self, sequence: _Sequence) -> None:
         request, room = sequence.request, self._model.context_length
         prompt = self._prompts.tokens(request)
+        if request.kv_cache is not None:
+            cache = caches.KvCache.from_plain(request.kv_cache)
+            caches.check_use(cache, self._model.fingerprint, sequence.adapters)
+            if any(not 0 <= token < self._model.tokens for token in cache.tokens):
+                raise TypeMismatch("the KV cache holds tokens that the model has not")
+            prompt = [*cache.tokens, *prompt]
         count, wanted = len(prompt), request.max_tokens or 1
         facts = {"prompt_tokens": count, "max_tokens": wanted, "context_length": room}
         if count + wanted > room:
@@ -186,7 +172,27 @@ class Scheduler:
             raise ContextOverflow("the prompt has no tokens", details=facts)
         sequence.prompt = prompt
         sequence.limit = request.max_tokens or min(DEFAULT_MAX_TOKENS, room - count)
-        sequence.cells = count + sequence.limit
+
+    def _admit(self) -> None:
+        """Let in who stands first: one that finds no room holds those behind it, so that it gets its turn."""
+        while self._waiting and self._waiting[0].prompt:
+            sequence = self._waiting[0]
+            cells = len(sequence.prompt) + sequence.limit
+            if not self._cells.fits(cells):
+                return
+            try:
+                self._model.load_adapters(sequence.adapters)
+                sequence.sampler = self._sampler(sequence)
+            except DemandportError as failed:
+                self._fail(sequence, failed)
+                continue
+            self._waiting.pop(0)
+            sequence.slot = self._cells.take(sequence.prompt, cells, sequence.adapters)
+            self._running.append(sequence)
+            try:
+                self._restore(sequence)
+            except DemandportError as failed:
+                self._fail(sequence, failed)
 
     def _sampler(self, sequence: _Sequence) -> Sampler:
         model = self._model
@@ -194,35 +200,80 @@ class Scheduler:
             model.vocabulary, model.tokens, model.context_length, sequence.request, sequence.seed, sequence.prompt
         )
 
-    def _compose(self) -> list[tuple[_Sequence, int]]:
-        """Fill the batch; returns the sequences that choose a token after the decode, each with its output's index."""
+    def _restore(self, sequence: _Sequence) -> None:
+        """Fill its cells from where its KV cache was saved, unless they hold as much already."""
+        request, slot = sequence.request, sequence.slot
+        assert slot is not None
+        if request.kv_cache is None or request.kv_cache.get("file") is None:
+            return
+        path = Path(request.kv_cache["file"])
+        saved = caches.read(path)
+        caches.check_use(saved, self._model.fingerprint, sequence.adapters)
+        if self._cells.gains(slot, saved.tokens):
+            self._cells.restore(slot, saved.tokens, caches.read_state(path))
+
+    # -------------------------------------------------------------------------------------- what runs
+
+    def _compose(self) -> tuple[list[tuple[_Sequence, int]], int, int]:
+        """Fill the batch; returns the sequences that choose a token after the decode, each with its output's index, and
+        how many tokens of generations and of prompts there are."""
         batch = self._model.batch
         batch.clear()
-        choosing = []
-        for sequence in self._running:
-            if sequence.filled == len(sequence.prompt):
-                position = sequence.filled + sequence.generated - 1
-                choosing.append((sequence, batch.add(sequence.made[-1], position, sequence.slot, True)))
-                sequence.placed = position + 1
-        if len(choosing) == len(self._running):
-            return choosing
-        room = min(PROMPT_SHARE, BATCH_TOKENS - len(choosing)) if choosing else BATCH_TOKENS
-        for sequence in self._running:
-            start, total = sequence.filled, len(sequence.prompt)
-            end = min(start + room, total)
-            if start == end:
-                continue
-            batch.extend(sequence.prompt[start:end], start, sequence.slot, last=end == total)
-            sequence.filled = sequence.placed = end
-            room -= end - start
-            if total > BATCH_TOKENS:
-                self._emit(["progress", sequence.id, {"done": end, "total": total, "unit": "prompt_tokens"}])
-            if end == total:
-                choosing.append((sequence, batch.size - 1))
-        return choosing
+        self._cells.copy_what_is_there()
+        running = self._whose_turn()
+        choosing, reading = [], []
+        for sequence in running:
+            slot = sequence.slot
+            assert slot is not None
+            place = slot.placed
+            if slot.source is not None:
+                continue  # another computes what it begins with
+            if place < len(sequence.prompt):
+                reading.append(sequence)
+            else:
+                choosing.append((sequence, batch.add(slot.tokens[place], place, slot.number, True)))
+                slot.placed = place + 1
+        generating = len(choosing)
+        if reading:
+            room = min(self._pace.prompt_tokens(generating), BATCH_TOKENS - generating)
+            for sequence in reading:
+                room -= self._read_on(sequence, room, choosing)
+        return choosing, generating, batch.size - generating
 
-    def _choose(self, sequence: _Sequence, index: int) -> None:
-        assert sequence.sampler is not None
+    def _whose_turn(self) -> list[_Sequence]:
+        """All that run; where they have different adapters, those of one set after the other."""
+        first = self._running[0].adapters
+        running = self._running
+        if any(sequence.adapters != first for sequence in running):
+            sets = list(dict.fromkeys(sequence.adapters for sequence in running))
+            self._turn += 1
+            first = sets[self._turn % len(sets)]
+            running = [sequence for sequence in running if sequence.adapters == first]
+        self._model.apply(first)
+        return running
+
+    def _read_on(self, sequence: _Sequence, room: int, choosing: list[tuple[_Sequence, int]]) -> int:
+        """Put up to `room` more tokens of its prompt into the batch; returns how many."""
+        slot, batch, total = sequence.slot, self._model.batch, len(sequence.prompt)
+        assert slot is not None
+        start = slot.placed
+        end = min(start + room, total)
+        if start == end:
+            return 0
+        batch.extend(sequence.prompt[start:end], start, slot.number, last=end == total)
+        slot.placed = end
+        sequence.computed += end - start
+        if total > BATCH_TOKENS:
+            self._emit(["progress", sequence.id, {"done": end, "total": total, "unit": "prompt_tokens"}])
+        if end == total:
+            choosing.append((sequence, batch.size - 1))
+        return end - start
+
+    def _choose(self, sequence: _Sequence, index: int, now: float) -> None:
+        assert sequence.sampler is not None and sequence.slot is not None
+        if sequence.save is not None:
+            self._save(sequence, sequence.save)
+            return
         token: int = self._sample(sequence.sampler.handle, self._model.context, index)
         if token < 0:
             raise Internal("llama.cpp chooses no token")
@@ -230,89 +281,73 @@ class Scheduler:
         if token in self._model.ends:
             self._finish(sequence, "stop")
             return
-        sequence.made.append(token)
-        sequence.pieces.append(self._model.piece(token))
-        now = self._clock()
-        due = now - sequence.sent_at >= COALESCE_S
-        if due or sequence.request.stop:
-            self._read(sequence)
-        if due and sequence.pending:
-            sequence.sent_at = now
-            self._flush(sequence)
-        if sequence.stops.stopped is not None:
+        if sequence.request.logprobs is not None:
+            sequence.logprobs.append(logprobs(self._model, index, token, sequence.request.logprobs))
+        sequence.slot.tokens.append(token)
+        text = sequence.output.add(self._model.piece(token), now)
+        if text:
+            self._emit(["chunk", sequence.id, text])
+        if sequence.output.stopped:
             self._finish(sequence, "stop")
         elif sequence.generated >= sequence.limit:
             self._finish(sequence, "length")
 
-    # ------------------------------------------------------------------------------------------ output
-    #
-    # Text is sent at most every `COALESCE_S`, the first at once. No timer is needed: while text is held back the next
-    # token is being computed, and a model slow enough for that to matter has let more than `COALESCE_S` pass since the
-    # last chunk, so that nothing is held back. Bytes are read as text only then, unless a stop string is looked for.
-
-    def _read(self, sequence: _Sequence) -> None:
-        text = sequence.stops.feed(sequence.detokenizer.feed(b"".join(sequence.pieces)))
-        sequence.pieces.clear()
-        if text:
-            sequence.pending.append(text)
-
-    def _flush(self, sequence: _Sequence) -> None:
-        if sequence.pending:
-            text = "".join(sequence.pending)
-            sequence.pending.clear()
-            self._emit(["chunk", sequence.id, text])
+    # -------------------------------------------------------------------------------------- what leaves
 
     def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
-        self._read(sequence)
-        if sequence.stops.stopped is None:
-            rest = sequence.stops.feed(sequence.detokenizer.finish())
-            if sequence.stops.stopped is None:
-                rest += sequence.stops.finish()
-            if rest:
-                sequence.pending.append(rest)
-        self._flush(sequence)
-        usage = {"prompt_tokens": len(sequence.prompt), "completion_tokens": sequence.generated}
-        self._emit(["done", sequence.id, {"finish_reason": reason, "usage": usage, "seed": sequence.seed}])
+        rest = sequence.output.finish()
+        if rest:
+            self._emit(["chunk", sequence.id, rest])
+        result: dict[str, Any] = {
+            "finish_reason": reason,
+            "usage": {
+                "prompt_tokens": len(sequence.prompt),
+                "completion_tokens": sequence.generated,
+                "cached_tokens": len(sequence.prompt) - sequence.computed,
+            },
+            "seed": sequence.seed,
+            "kv_cache": self._kv_cache(sequence).to_plain(),
+        }
+        if sequence.request.logprobs is not None:
+            result["logprobs"] = sequence.logprobs
+        self._emit(["done", sequence.id, result])
+        self._release(sequence)
+
+    def _kv_cache(self, sequence: _Sequence) -> caches.KvCache:
+        assert sequence.slot is not None
+        tokens = (*sequence.slot.tokens, *self._prompts.turn_end(sequence.request))
+        return caches.KvCache(self._model.fingerprint, tokens, sequence.adapters)
+
+    def _save(self, sequence: _Sequence, path: Path) -> None:
+        assert sequence.slot is not None
+        cache = caches.KvCache(self._model.fingerprint, tuple(sequence.prompt), sequence.adapters, path.stem)
+        size = caches.write(path, cache, self._model.state(sequence.slot.number))
+        self._emit(["done", sequence.id, {"bytes": size, "kv_cache": cache.to_plain()}])
         self._release(sequence)
 
     def _fail(self, sequence: _Sequence, failed: DemandportError) -> None:
-        self._read(sequence)
-        self._flush(sequence)
+        text = sequence.output.take()
+        if text:
+            self._emit(["chunk", sequence.id, text])
         self._emit(["error", sequence.id, failed.to_wire()])
         self._release(sequence)
 
     def _release(self, sequence: _Sequence) -> None:
-        if sequence.slot < 0:
-            self._waiting.remove(sequence)
-            return
-        self._running.remove(sequence)
-        self._free_slots.append(sequence.slot)
-        self._free_cells += sequence.cells
         if sequence.sampler is not None:
             sequence.sampler.close()
-        if sequence.placed:
-            self._left[sequence.slot] = [*sequence.prompt, *sequence.made][: sequence.placed]
+        if sequence.slot is None:
+            self._waiting.remove(sequence)
+            self._unread -= not sequence.prompt
         else:
-            self._model.forget(sequence.slot)
+            self._running.remove(sequence)
+            self._cells.give_back(sequence.slot)
 
     def _drop_cancelled(self) -> None:
         for sequence in [one for one in (*self._running, *self._waiting) if one.id in self._cancelled]:
             self._fail(sequence, Cancelled("the generation was cancelled"))
 
-    def _drop_expired(self) -> None:
-        hurried = [one for one in (*self._running, *self._waiting) if one.deadline is not None]
-        now = self._clock() if hurried else 0.0
-        for sequence in hurried:
+    def _drop_expired(self, now: float) -> None:
+        for sequence in [one for one in (*self._running, *self._waiting) if one.deadline is not None]:
             if sequence.deadline is not None and now >= sequence.deadline:
                 late = f"the deadline of {sequence.request.deadline_ms} ms has passed"
                 self._fail(sequence, DeadlineExceeded(late))
-
-
-def _shared(tokens: list[int], prompt: list[int]) -> int:
-    """How many tokens both begin with; at least one of the prompt is left to be computed."""
-    count = 0
-    for one, other in zip(tokens, prompt[:-1], strict=False):
-        if one != other:
-            break
-        count += 1
-    return count

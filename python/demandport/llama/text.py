@@ -5,6 +5,10 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
+#: Text is held back at most this long: a hundred messages a second are as many as anyone sees, and each one takes the
+#: cores some tenths of a millisecond of computing. A model of up to a hundred tokens a second sends each at once.
+COALESCE_S = 0.010
+
 
 class Detokenizer:
     """Turns the bytes of tokens into text, whole characters only.
@@ -73,3 +77,58 @@ class StopFilter:
             if text[start] in self._heads and any(stop.startswith(text[start:]) for stop in self._stops):
                 return start
         return len(text)
+
+
+class Output:
+    """The text of one generation: from token bytes to the chunks that are sent, at most one per `COALESCE_S`.
+
+    No timer is needed: while text is held back the next token is being computed, and a model slow enough for that to
+    matter has let more than `COALESCE_S` pass since the last chunk, so that nothing is held back. Bytes are read as
+    text only then, unless a stop string is looked for.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._detokenizer = Detokenizer()
+        self._stops = StopFilter(stops)
+        self._looks = bool(stops)
+        self._pieces: list[bytes] = []
+        self._pending: list[str] = []
+        self._sent_at = float("-inf")
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was met."""
+        return self._stops.stopped is not None
+
+    def add(self, piece: bytes, now: float) -> str:
+        """Take the bytes of a token in; returns the text to send now, or nothing. `now` is in seconds."""
+        self._pieces.append(piece)
+        due = now - self._sent_at >= COALESCE_S
+        if due or self._looks:
+            self._read()
+        if not due or not self._pending:
+            return ""
+        self._sent_at = now
+        return self.take()
+
+    def take(self) -> str:
+        """What is whole and was not sent yet."""
+        self._read()
+        text = "".join(self._pending)
+        self._pending.clear()
+        return text
+
+    def finish(self) -> str:
+        """The rest, when no more tokens come: also what was held back."""
+        text = self.take()
+        if not self.stopped:
+            text += self._stops.feed(self._detokenizer.finish())
+            if not self.stopped:
+                text += self._stops.finish()
+        return text
+
+    def _read(self) -> None:
+        text = self._stops.feed(self._detokenizer.feed(b"".join(self._pieces)))
+        self._pieces.clear()
+        if text:
+            self._pending.append(text)
