@@ -5,7 +5,7 @@ PYTHON3 ?= python3
 export DEMAND_PORT_PYTHON := $(abspath $(PYTHON))
 export PYTHONPATH := $(abspath python)
 
-.PHONY: demo test check test-python test-elixir bench soak clean setup
+.PHONY: demo test check test-python test-elixir bench bench-inference soak clean setup
 
 demo: setup
 	MODEL="$(or $(MODEL),tiny)" $(if $(PROMPT),PROMPT="$(PROMPT)") mix run examples/demo.exs
@@ -28,6 +28,10 @@ check: setup
 
 bench: setup
 	$(PYTHON) bench/run.py
+
+# Beside llama-server too where LLAMA_SERVER names one.
+bench-inference: setup
+	$(PYTHON) bench/inference.py
 
 # Tests that count rounds, with many more of them: faults, properties, a real BEAM.
 soak: setup

@@ -182,7 +182,55 @@ defmodule Bench.Counter do
   def handle_info({:demand_error, _node, error}, _state), do: raise(inspect(error))
 end
 
+defmodule Bench.Listener do
+  @moduledoc "The consumer of one stream: a GenServer that notes when text comes, and that all of it does."
+  use GenServer
+
+  def start, do: GenServer.start_link(__MODULE__, self())
+
+  @doc "Its owner gets `:go` after so many pieces of text, and `{:ended, pid, stream}`."
+  def run(pid, session, node, go_after \\ nil), do: GenServer.cast(pid, {:run, session, node, go_after})
+
+  @impl true
+  def init(owner), do: {:ok, owner}
+
+  @impl true
+  def handle_cast({:run, session, node, go_after}, owner) do
+    start = Bench.now()
+    {:ok, _} = DemandPort.demand_async(session, node)
+    {:noreply, %{owner: owner, go_after: go_after, start: start, times: [], count: 0, bytes: 0}}
+  end
+
+  @impl true
+  def handle_info({:node_stream, _node, text}, state) do
+    count = state.count + 1
+    if count == state.go_after, do: send(state.owner, :go)
+    times = [Bench.now() | state.times]
+    {:noreply, %{state | times: times, count: count, bytes: state.bytes + byte_size(text)}}
+  end
+
+  def handle_info({:demand_complete, _node, outputs}, %{owner: owner} = state) do
+    stop = Bench.now()
+    true = state.bytes == byte_size(outputs["response"])
+    if state.go_after && state.count < state.go_after, do: send(owner, :go)
+
+    stream = %{
+      start: state.start / 1.0e9,
+      end: stop / 1.0e9,
+      times: state.times |> Enum.reverse() |> Enum.map(&(&1 / 1.0e9)),
+      tokens: outputs["usage"]["completion_tokens"],
+      prompt_tokens: outputs["usage"]["prompt_tokens"]
+    }
+
+    send(owner, {:ended, self(), stream})
+    {:stop, :normal, owner}
+  end
+
+  def handle_info({:demand_error, _node, error}, _state), do: raise(inspect(error))
+end
+
 defmodule Bench.Main do
+  alias Bench.Listener
   alias Bench.Raw
 
   def main(["demands", rounds, sequential, pipelined]) do
@@ -275,8 +323,40 @@ defmodule Bench.Main do
 
     graph = %{nodes: [%{id: "llm", node_type: "llamacpp-inference", data: data}], edges: []}
     {:ok, session} = DemandPort.open(client(:service), graph)
-    each_line(fn -> generate(session, counter) end)
+    each_line(fn _line -> generate(session, counter) end)
     GenServer.stop(:bench_service)
+  end
+
+  # A job of several streams for every line on stdin, as bench/jobs.py describes it; the answer is a line too.
+  def main(["streams"]) do
+    client = client(:service)
+
+    each_line(fn line ->
+      {:ok, job} = line |> String.trim() |> Base.decode64!() |> DemandPort.Msgpack.decode()
+      {:ok, answer} = client |> streams(job) |> DemandPort.Msgpack.encode()
+      answer |> IO.iodata_to_binary() |> Base.encode64() |> IO.puts()
+    end)
+
+    GenServer.stop(client)
+  end
+
+  defp streams(client, %{"streams" => requests, "late" => late, "after" => go_after}) do
+    nodes =
+      for {request, index} <- Enum.with_index(requests ++ List.wrap(late)) do
+        data = Map.put(request, "model_path", System.fetch_env!("MODEL"))
+        %{id: "#{index}", node_type: "llamacpp-inference", data: data}
+      end
+
+    {:ok, session} = DemandPort.open(client, %{nodes: nodes, edges: []})
+    listeners = for node <- nodes, do: {node.id, elem(Listener.start(), 1)}
+    {[{id, first} | others], last} = Enum.split(listeners, length(requests))
+    Listener.run(first, session, id, late && go_after)
+    for {id, listener} <- others, do: Listener.run(listener, session, id)
+    if late, do: receive(do: (:go -> :ok))
+    for {id, listener} <- last, do: Listener.run(listener, session, id)
+    ended = for {_, listener} <- listeners, do: receive(do: ({:ended, ^listener, stream} -> stream))
+    :ok = DemandPort.close(session)
+    ended
   end
 
   defp generate(session, counter) do
@@ -291,8 +371,8 @@ defmodule Bench.Main do
       :eof ->
         :ok
 
-      _line ->
-        function.()
+      line ->
+        function.(line)
         each_line(function)
     end
   end
