@@ -1,4 +1,4 @@
-"""The command `demandport`: serve a host, run a graph from a shell, list node types, draw a graph."""
+"""The command `demandport`: serve a host, run a graph from a shell, list node types and models, draw a graph."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ import json
 import os
 import signal
 import sys
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from demandport.inference.config import Config
+    from demandport.inference.library import LibraryEntry
 
 USAGE_ERROR = 64
 
@@ -33,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--codec", choices=("msgpack", "etf"), default="msgpack")
     serve.add_argument("--max-frame-bytes", type=_frame_bytes, default=64 * 1024 * 1024, metavar="N")
     serve.add_argument("--files", metavar="DIR", help="directory that file nodes may use (none)")
-    serve.add_argument("--model", default="tiny", help="model for nodes that name none (tiny)")
+    serve.add_argument("--model", help="model for nodes that name none (tiny)")
+    serve.add_argument("--config", metavar="FILE.toml", help="which models there are, and how each is run")
     serve.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
     serve.set_defaults(function=_serve)
 
@@ -43,11 +51,19 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--set", action="append", default=[], metavar="NODE.PORT=VALUE", dest="inputs", type=_assignment)
     run.add_argument("--events", action="store_true", help="show what happens, on stderr")
     run.add_argument("--files", metavar="DIR", help="directory that file nodes may use (none)")
+    run.add_argument("--model", help="model for nodes that name none (tiny)")
+    run.add_argument("--config", metavar="FILE.toml", help="which models there are, and how each is run")
     run.set_defaults(function=_run)
 
     nodes = commands.add_parser("nodes", help="list node types with their ports")
     nodes.add_argument("--json", action="store_true")
     nodes.set_defaults(function=_nodes)
+
+    models = commands.add_parser("models", help="list the models of the library")
+    models.add_argument("directories", nargs="*", type=Path, metavar="DIR", help="look here, not where is configured")
+    models.add_argument("--config", metavar="FILE.toml", help="which models there are, and how each is run")
+    models.add_argument("--json", action="store_true")
+    models.set_defaults(function=_models)
 
     graph = commands.add_parser("graph", help="validate a graph and print it as Mermaid")
     graph.add_argument("graph", metavar="GRAPH.json")
@@ -89,6 +105,7 @@ def _assignment(text: str) -> tuple[str, str, Any]:
 def _serve(arguments: argparse.Namespace) -> int:
     from demandport import pipes
 
+    models = _models_config(arguments.config, arguments.model)
     try:
         fds = pipes.claim(*arguments.fd)
     except pipes.NotAPipe as wrong:
@@ -97,9 +114,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     # Only now: nothing that these import can print onto the port.
     from demandport.service.main import Settings, serve
 
-    settings = Settings(
-        arguments.codec, arguments.max_frame_bytes, arguments.model, arguments.files, arguments.log_level
-    )
+    settings = Settings(arguments.codec, arguments.max_frame_bytes, models, arguments.files, arguments.log_level)
     serve(*fds, settings)
     return 0
 
@@ -108,8 +123,26 @@ def _run(arguments: argparse.Namespace) -> int:
     from demandport.headless import run
 
     return run(
-        _read_json(arguments.graph), arguments.node, arguments.inputs, events=arguments.events, files=arguments.files
+        _read_json(arguments.graph),
+        arguments.node,
+        arguments.inputs,
+        models=_models_config(arguments.config, arguments.model),
+        events=arguments.events,
+        files=arguments.files,
     )
+
+
+def _models_config(file: str | None, default_model: str | None) -> Config:
+    """The configuration of models; one that is wrong ends the command."""
+    from demandport.errors import DemandportError
+    from demandport.inference.config import load_config
+
+    try:
+        config = load_config(None if file is None else Path(file))
+    except DemandportError as wrong:
+        print(f"demandport: {wrong.message}", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from None
+    return config if default_model is None else replace(config, default_model=default_model)
 
 
 def _nodes(arguments: argparse.Namespace) -> int:
@@ -126,6 +159,80 @@ def _nodes(arguments: argparse.Namespace) -> int:
         print(f"{spec.category:<10} {spec.node_type}: {', '.join(inputs)} -> {', '.join(spec.outputs)}")
         print(f"{'':<10}   {spec.description}")
     return 0
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from demandport.inference.library import Library
+
+    for directory in arguments.directories:
+        if not directory.is_dir():
+            print(f"demandport: {directory}: no such directory", file=sys.stderr)
+            return USAGE_ERROR
+    directories = arguments.directories or _models_config(arguments.config, None).model_directories
+    entries = Library(directories).entries()
+    if arguments.json:
+        print(json.dumps([entry.describe() for entry in entries], indent=2))
+    else:
+        _print_table(entries)
+    return 0
+
+
+def _print_table(entries: Sequence[LibraryEntry]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # What reads a pipe wants whole lines; and neither a file nor its name may talk to the terminal.
+    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("id", "name", "arch", "params", "quant", "size", "context", "template", "notes"):
+        table.add_column(title, overflow="fold", no_wrap=title in ("params", "quant", "size"))
+    for entry in entries:
+        table.add_row(*(Text(_printable(cell)) for cell in _row(entry)), style="dim" if entry.unusable else None)
+    console.print(table)
+    for entry in entries:
+        if entry.unusable:
+            console.print(Text(_printable(f"{entry.id} {entry.unusable}")), soft_wrap=True)
+
+
+def _row(entry: LibraryEntry) -> Iterator[str]:
+    about = entry.describe()
+    yield from (entry.id, entry.name, about["architecture"] or "")
+    yield _short(entry.parameters, ("", "K", "M", "B", "T"), 1000)
+    yield about["quantization"] or ""
+    yield _short(entry.size_bytes, ("B", "KiB", "MiB", "GiB", "TiB"), 1024)
+    yield str(about["context_length"] or "")
+    yield "yes" if about["has_chat_template"] else "no"
+    yield "; ".join(_notes(entry))
+
+
+def _notes(entry: LibraryEntry) -> Iterator[str]:
+    if entry.unusable:
+        yield "unusable"
+    if entry.metadata and entry.metadata.split_count > 1:
+        yield f"{entry.metadata.split_count} files"
+    if entry.metadata and entry.metadata.embedding_only:
+        yield "reranker" if entry.metadata.pooling == "rank" else "embeddings"
+    if entry.mmproj:
+        yield f"sees with {entry.mmproj.name}"
+    if entry.pumas:
+        yield "Pumas"
+    yield from entry.notes
+
+
+def _short(number: float | None, units: Sequence[str], step: int) -> str:
+    """A number with three digits or so, and its unit."""
+    if number is None:
+        return ""
+    for unit in units:
+        if number < step or unit == units[-1]:
+            break
+        number /= step
+    return f"{number:.3g} {unit}".strip()
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "�" for character in text)
 
 
 def _graph(arguments: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from demandport.engine.registry import load_specs
 from demandport.engine.session import Session
 from demandport.errors import DemandportError
 from demandport.graph.spec import as_text
+from demandport.inference.config import Config
 from demandport.inference.gateway import Gateway
 from demandport.nodes import BUILT_IN
 
@@ -21,26 +22,29 @@ from demandport.nodes import BUILT_IN
 Inputs = list[tuple[str, str, Any]]
 
 
-def run(graph: Any, node: str, inputs: Inputs, *, events: bool = False, files: str | None = None) -> int:
+def run(
+    graph: Any, node: str, inputs: Inputs, *, models: Config, events: bool = False, files: str | None = None
+) -> int:
     """Evaluate `node`; what streams goes to stdout as it comes, then the outputs that did not stream.
 
     Args:
         inputs: (node, port, value) to set first.
+        models: which models there are.
         events: show events on stderr.
 
     Returns:
         exit status: 0, or 1 when the demand failed (the error is on stderr).
     """
-    return anyio.run(_run, graph, node, inputs, events, files)
+    return anyio.run(_run, graph, node, inputs, models, events, files)
 
 
-async def _run(graph: Any, node: str, inputs: Inputs, events: bool, files: str | None) -> int:
-    gateway = Gateway()
+async def _run(graph: Any, node: str, inputs: Inputs, models: Config, events: bool, files: str | None) -> int:
+    gateway = Gateway(models)
     terminal = _Terminal()
     status = 1
     try:
         async with anyio.create_task_group() as tasks:
-            resources = {"gateway": gateway, "files_root": files}
+            resources = {"gateway": gateway, "library": gateway.library, "files_root": files}
             status = await _demand(graph, Executor(tasks, resources), node, inputs, terminal, events)
     finally:
         await gateway.close()

@@ -48,7 +48,7 @@ def run(coroutine):
 async def collect(gateway, model=None, **options):
     request = GenerateRequest.from_options({"prompt": "Tell me about cats.", **options})
     chunks, end = [], None
-    async with aclosing(await gateway.generate(request, model)) as events:
+    async with aclosing(gateway.generate(request, model)) as events:
         async for event in events:
             assert end is None, "nothing comes after the end"
             if isinstance(event, TextChunk):
@@ -125,7 +125,7 @@ def test_a_long_generation_holds_up_no_other():
         ended, began = [], asyncio.Event()
 
         async def generate(name, **options):
-            events = await gateway.generate(GenerateRequest(prompt="Hello", **options), on_text=lambda _: began.set())
+            events = gateway.generate(GenerateRequest(prompt="Hello", **options), on_text=lambda _: began.set())
             async with aclosing(events):
                 async for _ in events:
                     pass
@@ -143,8 +143,9 @@ def test_a_long_generation_holds_up_no_other():
 def test_a_consumer_that_leaves_stops_the_model():
     async def body(gateway):
         request = GenerateRequest(prompt="Tell me about cats.", grammar=LONG)
-        async with aclosing(await gateway.generate(request)) as events:
-            assert isinstance(await anext(events), TextChunk)
+        async with aclosing(gateway.generate(request)) as events:
+            while not isinstance(await anext(events), TextChunk):
+                pass  # the progress of loading
         assert gateway.models()[0]["in_flight"] == 0
         assert (await collect(gateway, temperature=0))[0]
 
@@ -253,7 +254,7 @@ def test_a_killed_worker_is_a_typed_error_and_the_next_request_works(stopped):
         model = await gateway.load_model(ModelSpec("tiny"))
         request = GenerateRequest(prompt="Tell me about cats.", grammar=LONG)
         os.kill(model["os_pid"], signal.SIGSTOP)  # so that the generation cannot end before the kill
-        events = [await gateway.generate(request) for _ in range(3)]
+        events = [gateway.generate(request) for _ in range(3)]
         waiting = [asyncio.ensure_future(anext(one)) for one in events]
         while gateway.models()[0]["in_flight"] < 3:
             await asyncio.sleep(0)
@@ -301,7 +302,7 @@ def test_bad_files_are_typed_errors_and_the_service_survives(tmp_path):
         with pytest.raises(errors.ModelNotFound):
             await collect(gateway, str(tmp_path / "nowhere.gguf"))
         for path in bad_files(tmp_path):
-            with pytest.raises(errors.ModelLoadFailed):
+            with pytest.raises(errors.ModelNotFound if path.is_dir() else errors.ModelLoadFailed):
                 await collect(gateway, str(path))
         assert gateway.models() == []
         assert (await collect(gateway, temperature=0))[0]
@@ -500,7 +501,7 @@ async def main():
         while not live_workers():
             await asyncio.sleep(0)
     else:
-        events = await gateway.generate(GenerateRequest(prompt="cats", grammar="root ::= [a-z ]{450}"))
+        events = gateway.generate(GenerateRequest(prompt="cats", grammar="root ::= [a-z ]{450}"))
         await anext(events)
     print(live_workers()[0].pid, flush=True)
     await asyncio.Event().wait()

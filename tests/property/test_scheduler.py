@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from demandport.inference.gateway import _path
+from demandport.inference.library import tiny_path
 from demandport.inference.requests import GenerateRequest
 from demandport.llama.model import Model
 from demandport.llama.scheduler import Scheduler
@@ -27,7 +27,7 @@ SEQUENCES = 3
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[Model]:
-    found = Model(_path("tiny"), sequences=SEQUENCES)
+    found = Model(tiny_path(), sequences=SEQUENCES)
     yield found
     found.close()
 
@@ -148,7 +148,7 @@ def test_a_long_prompt_joins_in_small_steps_beside_those_that_generate(model: Mo
 
 def test_a_context_for_many_brings_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     """Together they have more cells than the model was trained with, each of them has not."""
-    Model(_path("tiny"), sequences=16).close()
+    Model(tiny_path(), sequences=16).close()
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
@@ -185,7 +185,7 @@ def test_a_prompt_that_goes_on_from_an_answer_is_read_like_any_other(model: Mode
 
 def test_what_is_left_in_cells_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("demandport.llama.model.SHARED_CELLS", 512)
-    model = Model(_path("tiny"), sequences=3)
+    model = Model(tiny_path(), sequences=3)
     try:
         bench = Bench(model)
         bench.submit(1, 3, tokens=5)

@@ -786,14 +786,11 @@ class Model:
         self.asked, self.gate = False, asyncio.Event()
 
     async def generate(self, request: GenerateRequest, *_: Any, **__: Any) -> AsyncIterator[Finished]:
-        async def events() -> AsyncIterator[Finished]:
-            await self.gate.wait()
-            if request.deadline_ms is not None:
-                raise DeadlineExceeded("the deadline of the request has passed")
-            yield Finished("stop", Usage(1, 1), 0)
-
         self.asked = True
-        return events()
+        await self.gate.wait()
+        if request.deadline_ms is not None:
+            raise DeadlineExceeded("the deadline of the request has passed")
+        yield Finished("stop", Usage(1, 1), 0)
 
 
 @engine_test

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import pytest
@@ -22,8 +22,13 @@ from demandport.engine.registry import load_specs
 from demandport.engine.session import Session
 from demandport.errors import BY_CODE, DemandportError, TypeMismatch
 from demandport.graph.spec import PORT_TYPES, converter
+from demandport.inference.caches import KvCache
+from demandport.inference.config import Config, ModelSpec
 from demandport.inference.gateway import Gateway
-from demandport.nodes import BUILT_IN, files, inputs
+from demandport.inference.library import Library, tiny_path
+from demandport.nodes import BUILT_IN, files, library, media
+from gguf_files import write_gguf
+from scripted import ScriptedBackend
 from sink import Sink
 
 SPECS = {name: spec for name, spec in load_specs(BUILT_IN).items() if spec.call.__module__ in BUILT_IN}
@@ -95,6 +100,16 @@ def refusal_of(node_type: str, data: dict[str, Any], **resources: Any) -> Demand
 
 # ----------------------------------------------------------------------- every descriptor, and what really comes
 
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
+
+
+class From(NamedTuple):
+    """A sample's input that comes from an output of another type's sample."""
+
+    node_type: str
+    port: str
+
+
 #: Inputs with which each type runs; together the samples of a type give every output port a value.
 SAMPLES: dict[str, list[dict[str, Any]]] = {
     "text-input": [{"text": "hello"}],
@@ -119,7 +134,20 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
     "template": [{"template": "Hi {{who}}", "who": "Ada"}],
     "read-file": [{"path": "there.txt"}],
     "write-file": [{"path": "new/file.txt", "content": "text"}],
-    "llamacpp-inference": [{"model_path": "tiny", "prompt": "cats", "max_tokens": 3, "seed": 1}],
+    "llamacpp-inference": [{"model_path": "tiny", "prompt": "cats", "max_tokens": 3, "seed": 1, "logprobs": 1}],
+    "llm-inference": [{"prompt": "Hi", "model": "scripted"}],
+    "ollama-inference": [{"prompt": "Hi", "model": "llama"}],
+    "vision-analysis": [{"image": {"base64": b64(PNG)}, "prompt": "What is it?", "model": "scripted"}],
+    "tool-loop": [{"prompt": "Hi", "tools": [TOOL], "model": "scripted"}],
+    "embedding": [{"text": "cats", "model": "tiny"}, {"text": ["cats", "dogs"]}],
+    "reranker": [{"model_path": "scripted", "query": "cat", "documents": ["a dog", "a cat"]}],
+    "unload-model": [{"model_ref": From("llamacpp-inference", "model_ref")}],
+    "kv-cache-save": [{"kv_cache": From("llamacpp-inference", "kv_cache_out"), "name": "saved"}],
+    "kv-cache-load": [{"name": From("kv-cache-save", "name")}],
+    "kv-cache-truncate": [{"kv_cache": From("llamacpp-inference", "kv_cache_out"), "tokens": 2}],
+    "model-provider": [{"model_name": "tiny"}, {"search_query": "demandport"}],
+    "puma-lib": [{"model_id": "TINY.gguf"}, {"query": "demand tiny"}],
+    "expand-settings": [{"inference_settings": {name: 2 for name in library.SETTINGS}}],
 }
 
 
@@ -138,7 +166,9 @@ CONFORMS: dict[str, Callable[[Any], bool]] = {
     "image": lambda value: set(value) == {"base64", "media_type", "bytes"} and value["media_type"].startswith("image/"),
     "audio": lambda value: set(value) == {"base64", "media_type", "bytes"} and value["media_type"].startswith("audio/"),
     "component": lambda value: set(value) == {"component", "props"},
-    "model_handle": lambda value: set(value) == {"model", "backend"},
+    "model_handle": lambda value: set(value) == {"id", "model", "backend"},
+    "embedding": lambda value: all(len(one) % 4 == 0 for one in (value if isinstance(value, list) else [value])),
+    "kv_cache": lambda value: json.loads(json.dumps(KvCache.from_plain(value).to_plain())) == value,
 }
 
 
@@ -161,19 +191,41 @@ def test_a_node_gives_what_its_descriptor_says(node_type: str, tmp_path: Path) -
 
 
 def _run_sample(node_type: str, data: dict[str, Any], root: Path) -> Sink:
-    if not node_type.endswith("-inference"):
-        return evaluate(node("it", node_type, **data), files_root=str(root))
-    return _with_model(node("it", node_type, **data))[0]
+    graph, arrows = _linked("it", node_type, data)
+    return _with_model(*graph, edges=edges_of(*arrows), root=root)[-1]
 
 
-def _with_model(*graphs: dict[str, Any], edges: list[dict[str, Any]] | None = None) -> list[Sink]:
-    """Demand every node of a graph, one after the other, with a gateway for models."""
+def _linked(id: str, node_type: str, data: dict[str, Any]) -> tuple[list[Any], list[str]]:
+    """The nodes and edges of a sample, with those whose outputs it takes, the node itself last."""
+    nodes, arrows, plain = [], [], {}
+    for port, value in data.items():
+        if isinstance(value, From):
+            source = f"{id}-{port}"
+            above, between = _linked(source, value.node_type, SAMPLES[value.node_type][0])
+            nodes += above
+            arrows += [*between, f"{source}.{value.port} > {id}.{port}"]
+        else:
+            plain[port] = value
+    return [*nodes, node(id, node_type, **plain)], arrows
+
+
+def _with_model(
+    *graphs: dict[str, Any],
+    edges: list[dict[str, Any]] | None = None,
+    root: Path | None = None,
+    backend: ScriptedBackend | None = None,
+    **resources: Any,
+) -> list[Sink]:
+    """Demand every node of a graph, one after the other, with a gateway for models; `scripted` is one of them, and what
+    Ollama is asked for goes there too."""
 
     async def check() -> list[Sink]:
-        gateway, sinks = Gateway(), []
+        models = {"scripted": ModelSpec("m", backend="openai", url="http://localhost")}
+        gateway, sinks = Gateway(Config(models=models, cache_directory=root)), []
         try:
             async with anyio.create_task_group() as tasks:
-                executor = Executor(tasks, {"gateway": gateway})
+                shared = {"gateway": gateway, "library": gateway.library, "files_root": root and str(root)}
+                executor = Executor(tasks, shared | resources)
                 session = Session({"nodes": list(graphs), "edges": edges or []}, SPECS, executor)
                 for one in graphs:
                     sinks.append(Sink())
@@ -184,7 +236,11 @@ def _with_model(*graphs: dict[str, Any], edges: list[dict[str, Any]] | None = No
             await gateway.close()
         return sinks
 
-    return anyio.run(check)
+    scripted = backend or ScriptedBackend("Hello", vision=True)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_openai", "_ollama"):
+            patch.setattr(f"demandport.inference.gateway.{name}", lambda spec: scripted)
+        return anyio.run(check)
 
 
 @pytest.mark.parametrize("node_type", SPECS)
@@ -210,7 +266,8 @@ def test_a_required_input_is_missed_at_validation_and_at_run_alike(node_type: st
         async with anyio.create_task_group() as tasks:
             return Session({"nodes": [node("it", node_type, **data)]}, SPECS, Executor(tasks, {})).problems
 
-    data = {name: value for name, value in SAMPLES[node_type][0].items() if name != port}
+    sample = SAMPLES[node_type][0].items()
+    data = {name: {} if isinstance(value, From) else value for name, value in sample if name != port}
     (problem,) = anyio.run(problems)
     assert (problem.code, problem.node, problem.port) == ("missing_input", "it", port)
     error = refusal_of(node_type, data)
@@ -242,6 +299,16 @@ PROMISED = [
     "llamacpp-inference: model_path! prompt system_prompt temperature max_tokens top_p top_k min_p seed stop grammar "
     "json_schema messages context_length gpu_layers inference_settings -> response model_path model_ref usage "
     "finish_reason",
+    "llm-inference: prompt! model system_prompt context messages tools image -> response tool_calls model_ref usage",
+    "ollama-inference: prompt! model! system_prompt temperature max_tokens -> response model_used model_ref",
+    "vision-analysis: image! prompt! model -> analysis",
+    "embedding: text! model -> embedding metadata",
+    "reranker: model_path! query! documents! top_k return_documents -> results scores top_document top_score",
+    "unload-model: model_ref! trigger when_busy -> status trigger_passthrough",
+    "tool-loop: prompt! tools! model max_turns -> response",
+    "model-provider: model_name search_query -> model_name model_info model_path",
+    "puma-lib: model_id query -> model_path model_ref inference_settings metadata",
+    "expand-settings: inference_settings! temperature top_k -> inference_settings temperature top_k",
 ]
 
 
@@ -556,7 +623,7 @@ def test_what_is_no_image_is_refused(text: str, says: str) -> None:
 
 
 def test_media_have_a_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "MAX_MEDIA_BYTES", 30)
+    monkeypatch.setattr(media, "MAX_MEDIA_BYTES", 30)
     fitting, over = PNG + bytes(30 - len(PNG)), PNG + bytes(40 - len(PNG))
     for prefix in ("", "data:image/png;base64,"):
         assert outputs_of("image-input", {"image_base64": prefix + b64(fitting)})["image"]["bytes"] == 30
@@ -853,13 +920,14 @@ def test_integers_and_settings_reach_the_model() -> None:
         edges=edges_of("n > edge.max_tokens"),
     )
     answers = [sink.outputs for sink in sinks[1:]]
+    assert [answer["usage"].pop("cached_tokens") for answer in answers] == [0, 11, 11]  # all but the last of the prompt
     assert answers[0] == answers[1] == answers[2]
     assert answers[0]["usage"]["completion_tokens"] == 5 and answers[0]["finish_reason"] == "length"
-    assert answers[0]["model_ref"] == {"model": "tiny", "backend": "llama.cpp"} and answers[0]["seed"] == 7
+    assert answers[0]["model_ref"]["model"] == "tiny" and answers[0]["seed"] == 7
 
 
 UNANSWERABLE = [
-    ({"model_path": "/nowhere/m.gguf", "prompt": "x"}, "model_not_found", "/nowhere/m.gguf; give 'tiny' or the path"),
+    ({"model_path": "/nowhere/m.gguf", "prompt": "x"}, "model_not_found", "/nowhere/m.gguf"),
     ({"model_path": "tiny"}, "type_mismatch", "prompt"),
     ({"model_path": "tiny", "prompt": "x", "messages": []}, "type_mismatch", "messages"),
     ({"model_path": "tiny", "prompt": "x", "temperature": -1}, "type_mismatch", "temperature"),
@@ -871,3 +939,169 @@ UNANSWERABLE = [
 def test_a_request_that_no_model_can_answer(data: dict[str, Any], code: str, says: str) -> None:
     (sink,) = _with_model(node("it", "llamacpp-inference", **data))
     assert sink.failure and sink.failure.code == code and says in sink.failure.message and sink.failure.node == "it"
+
+
+# ------------------------------------------------------------------------------------------------ the model library
+
+PUMAS_SETTINGS = [
+    {"key": "gpu_layers", "label": "GPU Layers", "param_type": "Integer", "default": -1, "constraints": {"min": -1.0}},
+    {"key": "temperature", "label": "Temperature", "param_type": "Number", "default": 0.7,
+     "constraints": {"min": 0.0, "max": 5.0, "allowed_values": None}},
+    {"key": "voice", "label": "Voice", "param_type": "String", "default": {"label": "Leo", "value": "voice-5"},
+     "constraints": {"allowed_values": [{"label": "Leo", "value": "voice-5"}, {"label": "Mia", "value": "voice-2"}]}},
+]  # fmt: skip
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Library:
+    """A library with a Pumas folder, two files of one name, and a damaged one."""
+    folder = tmp_path / "llm" / "llama" / "some-model"
+    write_gguf(folder / "weights.Q4_K_M.gguf", name="Some Model")
+    about = {"model_id": "llm/llama/some-model", "model_type": "llm", "inference_settings": PUMAS_SETTINGS}
+    (folder / "metadata.json").write_text(json.dumps(about))
+    for name in ("a/same.gguf", "b/same.gguf"):
+        write_gguf(tmp_path / name)
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF")
+    return Library([tmp_path])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{"model_id": "llm/llama/some-model"}, {"query": "SOME weights"}, {"model_id": "some model", "query": "same"}],
+)
+def test_puma_lib_gives_the_file_of_a_pumas_folder(shelf: Library, data: dict[str, Any]) -> None:
+    path = str(shelf.directories[0] / "llm/llama/some-model/weights.Q4_K_M.gguf")
+    found = outputs_of("puma-lib", data, library=shelf)
+    metadata = found.pop("metadata")
+    assert found == {
+        "model_path": path, "model_ref": {"id": path, "model": path, "backend": "llama.cpp"},
+        "inference_settings": PUMAS_SETTINGS, "model_id": "llm/llama/some-model/weights.Q4_K_M",
+    }  # fmt: skip
+    assert metadata["name"] == "Some Model" and metadata["pumas"]["model_type"] == "llm"
+    assert metadata["quantization"] == "F32" and metadata["unusable"] is None
+
+
+def test_model_provider_gives_what_the_library_knows(shelf: Library) -> None:
+    found = outputs_of("model-provider", {"model_name": "Some Model"}, library=shelf)
+    assert found["model_name"] == "llm/llama/some-model/weights.Q4_K_M" == found["model_info"]["id"]
+    assert found["model_path"] == found["model_info"]["path"] and Path(found["model_path"]).is_file()
+    tiny = outputs_of("model-provider", {"search_query": "tiny"}, library=shelf)
+    assert tiny["model_name"] == "tiny" and tiny["model_path"] == str(tiny_path())
+    assert outputs_of("puma-lib", {"model_id": "a/same"}, library=shelf)["inference_settings"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "says"),
+    [
+        ("some-modle", "model_not_found", "near it are llm/llama/some-model/weights.Q4_K_M"),
+        ("same", "model_not_found", "'same' may be any of 2 models; name one of a/same, b/same"),
+        ("cut", "model_load_failed", "cut is no sound GGUF file"),
+        ("", "missing_input", "give (model_id or query|model_name or search_query)"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("node_type", "port"),
+    [("puma-lib", "model_id"), ("puma-lib", "query"), ("model-provider", "model_name"),
+     ("model-provider", "search_query")],
+)  # fmt: skip
+def test_a_model_that_cannot_be_told(
+    shelf: Library, node_type: str, port: str, name: str, code: str, says: str
+) -> None:
+    error = refusal_of(node_type, {port: name}, library=shelf)
+    assert (error.code, error.node) == (code, "it") and re.search(says, error.message), error.message
+
+
+@pytest.mark.parametrize(("node_type", "port"), [("puma-lib", "model_id"), ("model-provider", "model_name")])
+def test_a_part_of_a_name_names_no_model(shelf: Library, node_type: str, port: str) -> None:
+    error = refusal_of(node_type, {port: "weights.Q4"}, library=shelf)
+    assert error.code == "model_not_found" and "near it are llm/llama/some-model/weights.Q4_K_M" in error.message
+
+
+def expanded(settings: Any, **given: Any) -> dict[str, Any]:
+    """What expand-settings gives, without the ports that are nil."""
+    found = outputs_of("expand-settings", {"inference_settings": settings, **given})
+    assert found.keys() == {"inference_settings", *library.SETTINGS}
+    return {port: value for port, value in found.items() if value is not None}
+
+
+def test_each_setting_has_a_port_with_its_default() -> None:
+    found = expanded(PUMAS_SETTINGS)
+    settings = found.pop("inference_settings")
+    assert found == {"gpu_layers": -1, "temperature": 0.7}
+    assert [one["value"] for one in settings] == [-1, 0.7, "voice-5"]
+    assert [{**one, "value": 0} for one in PUMAS_SETTINGS] == [{**one, "value": 0} for one in settings]
+
+
+OPTIONS = [{"label": "Low", "value": 0.1}, {"name": "High", "value": 0.9}, 0.5]
+TOP_P = {"key": "top_p", "default": "High", "constraints": {"allowed_values": OPTIONS}}
+EXPANDED: list[Any] = [
+    ([{"key": "top_k", "default": 40.0}], {}, {"top_k": 40}),
+    ([{"key": "top_k", "default": 40, "value": 20}], {}, {"top_k": 20}),
+    ([{"key": "top_k", "default": 40, "value": 20, "override": 10}], {}, {"top_k": 10}),
+    ([{"key": "top_k", "default": 40, "value": 20, "override": 10}], {"top_k": 5}, {"top_k": 5}),
+    ([{"key": "top_k", "default": 40}], {"top_k": 0}, {"top_k": 0}),
+    ([{"key": "top_k"}], {}, {}),
+    ([], {"seed": 7}, {"seed": 7}),
+    ([{"key": "min_p", "default": {"label": "None", "value": 0.0}}], {}, {"min_p": 0.0}),
+    ([TOP_P], {}, {"top_p": 0.9}),
+    ([TOP_P], {"top_p": "Low"}, {"top_p": 0.1}),
+    ([TOP_P], {"top_p": 0.5}, {"top_p": 0.5}),
+    ([{"key": "top_p", "default": "Low", "allowed_values": {"Low": 0.1, "High": 0.9}}], {}, {"top_p": 0.1}),
+    ([{"key": "top_p", "default": 0.9, "options": {"Low": 0.1, "High": 0.9}}], {}, {"top_p": 0.9}),
+    ([{"key": "stop", "default": ["a", "b"]}], {}, {"stop": ["a", "b"]}),
+    ('[{"key": "seed", "default": 3}]', {}, {"seed": 3}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "given", "expected"), EXPANDED)
+def test_an_override_stands_over_the_default_and_labels_become_values(
+    settings: Any, given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    found = expanded(settings, **given)
+    chosen = {one["key"]: one["value"] for one in found.pop("inference_settings") if "value" in one}
+    assert repr(found) == repr(expected) == repr(chosen)
+
+
+def test_settings_may_be_a_map() -> None:
+    settings = {"temperature": 0.5, "top_k": {"default": 40}, "voice": "x", "seed": None}
+    found = expanded(settings, temperature=0.2, max_tokens=9)
+    assert found.pop("inference_settings") == {
+        "temperature": 0.2, "top_k": 40, "voice": "x", "max_tokens": 9,
+    }  # fmt: skip
+    assert found == {"temperature": 0.2, "top_k": 40, "max_tokens": 9}
+
+
+def test_settings_flow_from_the_library_through_the_ports(shelf: Library) -> None:
+    nodes = [
+        node("lib", "puma-lib", model_id="some model"), node("heat", "number-input", value=0.3),
+        node("x", "expand-settings"), node("t", "text-output"),
+    ]  # fmt: skip
+    arrows = ["lib.inference_settings > x.inference_settings", "heat > x.temperature"]
+    shown = evaluate(*nodes, edges=edges_of(*arrows, "x.temperature > t.text"), library=shelf)
+    assert shown.outputs == {"text": "0.3"}
+    again = [*nodes[:3], node("y", "expand-settings")]  # what comes out goes in, and keeps what was overridden
+    edges = edges_of(*arrows, "x.inference_settings > y.inference_settings")
+    outputs = evaluate(*again, edges=edges, library=shelf).outputs
+    assert outputs["temperature"] == 0.3 and outputs["gpu_layers"] == -1 and outputs["top_k"] is None
+
+
+BAD_SETTINGS: list[Any] = [
+    (5, {}, "inference_settings must be a list or a map, not int"),
+    ([5], {}, r"inference_settings\[0\] must be a map with a key"),
+    ([{"key": "a"}, {"label": "b"}], {}, r"inference_settings\[1\] must be a map with a key"),
+    ([{"key": "a"}, {"key": "a"}], {}, r"inference_settings\[1\] must be a map with a key of its own"),
+    ([{"key": "top_k", "default": 1.5}], {}, "setting top_k wants an integer, not 1.5"),
+    ([{"key": "top_p", "default": "much"}], {}, "setting top_p wants a number, not 'much'"),
+    ([], {"top_p": "much"}, "setting top_p wants a number, not 'much'"),
+    (PUMAS_SETTINGS, {"temperature": 6}, "setting temperature must be at most 5.0, not 6"),
+    (PUMAS_SETTINGS, {"gpu_layers": -2}, "setting gpu_layers must be at least -1.0, not -2"),
+    ([{**PUMAS_SETTINGS[2], "value": "Zoe"}], {}, "setting voice must be one of Leo, Mia, not 'Zoe'"),
+    ([{"key": "top_k", "default": True, "options": [1, 2]}], {}, "setting top_k must be one of 1, 2, not True"),
+    ("[{", {}, "does not parse"),
+]
+
+
+@pytest.mark.parametrize(("settings", "given", "says"), BAD_SETTINGS)
+def test_settings_that_cannot_hold(settings: Any, given: dict[str, Any], says: str) -> None:
+    error = refusal_of("expand-settings", {"inference_settings": settings, **given})
+    assert error.code == "type_mismatch" and re.search(says, error.message), error.message

@@ -36,7 +36,7 @@ class Demand:
 
     Attributes:
         cell: the demanded node as it stood when the demand was made.
-        deadline: on the clock of `time.monotonic`, or None.
+        deadline: on the clock of `time.monotonic`, or None. priority: -100 to 100; higher comes first.
         ran, cached: nodes evaluated for it, and results taken from the cache.
     """
 
@@ -49,6 +49,7 @@ class Demand:
         "ended",
         "events",
         "listening",
+        "priority",
         "ran",
         "sink",
         "started",
@@ -56,12 +57,20 @@ class Demand:
     )
 
     def __init__(
-        self, cell: Cell, sink: Sink, on_end: Any, started: float, deadline: float | None = None, events: bool = False
+        self,
+        cell: Cell,
+        sink: Sink,
+        on_end: Any,
+        started: float,
+        deadline: float | None = None,
+        events: bool = False,
+        priority: int = 0,
     ) -> None:
         self.cell = cell
         self.sink = sink
         self.deadline = deadline
         self.events = events
+        self.priority = priority
         self.started = started
         self.ended = False
         self.listening: list[Cell] = []

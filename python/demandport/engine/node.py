@@ -41,6 +41,8 @@ class Runtime(Protocol):
     @property
     def deadline(self) -> float | None: ...
     @property
+    def priority(self) -> int: ...
+    @property
     def cancelled(self) -> bool: ...
 
 
@@ -110,6 +112,11 @@ class Context:
     def remaining_s(self) -> float | None:
         """Seconds until the deadline, at least 0; None without one."""
         return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
+    @property
+    def priority(self) -> int:
+        """The highest priority of the demands that want this node, -100 to 100; 0 unless they say another."""
+        return self._runtime.priority
 
     @property
     def cancelled(self) -> bool:

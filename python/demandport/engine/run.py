@@ -184,6 +184,11 @@ class Run:
         deadlines = [demand.deadline for demand in demands if demand.deadline is not None]
         return max(deadlines) if deadlines and len(deadlines) == len(demands) else None
 
+    @property
+    def priority(self) -> int:
+        demands = self.cell.listeners or ([self._starting] if self._starting else ())
+        return max((demand.priority for demand in demands), default=0)
+
     def _push(self, port: str, chunk: Any) -> None:
         spec = self.cell.spec
         if port not in spec.outputs:

@@ -80,7 +80,8 @@ class Session:
 
         Args:
             on_end: called once, after the terminal went to `sink`.
-            priority: of the demands that wait for a place, those of the highest priority start first.
+            priority: of the demands that wait for a place, those of the highest priority start first; nodes hand it on
+                to the models they wait for.
 
         Raises:
             UnknownNode: the graph has no such node.
@@ -105,7 +106,7 @@ class Session:
             self._ended(demand)
 
         deadline = None if deadline_ms is None else started + deadline_ms / 1000
-        demand = Demand(cell, sink, ended, started, deadline, events)
+        demand = Demand(cell, sink, ended, started, deadline, events, priority)
         if deadline_ms is not None:
             loop = asyncio.get_running_loop()
             self._timers[demand] = loop.call_later(deadline_ms / 1000, self._expire, demand, deadline_ms)

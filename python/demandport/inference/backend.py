@@ -72,6 +72,7 @@ class Finished:
         logprobs: per token ``{token, logprob, top: [{token, logprob}]}``, where asked for.
         kv_cache: what a later request gives as its `kv_cache` to go on from here; None where there is none.
         model: what the backend says it ran.
+        model_ref: what names the loaded model, ``{id, model, backend}``; the gateway says it.
     """
 
     finish_reason: FinishReason
@@ -81,6 +82,7 @@ class Finished:
     logprobs: list[dict[str, Any]] | None = None
     kv_cache: dict[str, Any] | None = None
     model: str | None = None
+    model_ref: dict[str, Any] | None = None
 
 
 Event = TextChunk | Progress | Finished
@@ -139,7 +141,7 @@ class Capabilities:
 #: `priority` orders what waits, where something waits; it asks nothing of the result.
 _ALWAYS = frozenset({"prompt", "messages", "system_prompt", "deadline_ms", "priority"})
 
-BackendState = Literal["stopped", "loading", "ready", "closed"]
+BackendState = Literal["stopped", "loading", "ready", "quarantined", "closed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +165,15 @@ class BackendHealth:
 class Backend(Protocol):
     """One model, however it is run. Belongs to the event loop's thread; nothing in it blocks."""
 
-    kind: str
-    info: dict[str, Any]
+    @property
+    def kind(self) -> str:
+        """What runs the model, as `ModelSpec.backend` names it."""
+        ...
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Facts about the model, once they are known."""
+        ...
 
     def generate(
         self, request: GenerateRequest, on_text: Callable[[str], None] | None = None

@@ -17,7 +17,7 @@ import secrets
 import struct
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,14 @@ class KvCache:
         tokens: what was read and made.
         adapters: LoRA adapters it was computed with, (path, scale) each.
         name: under which it was saved; None where it was not.
+        model: the model and its settings, as `ModelSpec.from_options` reads them.
     """
 
     fingerprint: str
     tokens: tuple[int, ...]
     adapters: tuple[tuple[str, float], ...] = ()
     name: str | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_plain(cls, value: Mapping[str, Any]) -> KvCache:
@@ -56,10 +58,10 @@ class KvCache:
         try:
             tokens = array("i", base64.b64decode(value["tokens"], validate=True))
             adapters = tuple((str(path), float(scale)) for path, scale in value["adapters"])
-            name = value["name"]
-            if not isinstance(value["fingerprint"], str) or not (name is None or isinstance(name, str)):
-                raise TypeError("fingerprint and name are strings")
-            return cls(value["fingerprint"], tuple(tokens), adapters, name)
+            fingerprint, name, model = value["fingerprint"], value["name"], value["model"]
+            if not isinstance(fingerprint, str) or not isinstance(name, str | None) or not isinstance(model, dict):
+                raise TypeError("fingerprint and name must be strings, model a map")
+            return cls(fingerprint, tuple(tokens), adapters, name, model)
         except (KeyError, TypeError, ValueError, binascii.Error) as wrong:
             raise TypeMismatch(f"that is no KV cache: {wrong}; it comes from the port kv_cache_out") from None
 
@@ -70,6 +72,7 @@ class KvCache:
             "tokens": base64.b64encode(array("i", self.tokens).tobytes()).decode(),
             "adapters": [list(adapter) for adapter in self.adapters],
             "name": self.name,
+            "model": dict(self.model),
         }
 
     def truncated(self, tokens: int) -> KvCache:
@@ -107,6 +110,7 @@ def write(path: Path, cache: KvCache, state: bytes) -> int:
     header = {
         "fingerprint": cache.fingerprint,
         "adapters": [list(adapter) for adapter in cache.adapters],
+        "model": dict(cache.model),
         "tokens": len(cache.tokens),
         "state_bytes": len(state),
         "state_sha256": hashlib.sha256(state).hexdigest(),
@@ -158,7 +162,7 @@ def _read(path: Path, state: bool = False) -> tuple[KvCache, bytes]:
             content = file.read(state_bytes) if state else b""
             if state and hashlib.sha256(content).hexdigest() != header["state_sha256"]:
                 raise ValueError("its content does not match its checksum")
-            return KvCache(str(header["fingerprint"]), tuple(tokens), adapters, path.stem), content
+            return KvCache(str(header["fingerprint"]), tuple(tokens), adapters, path.stem, header["model"]), content
     except FileNotFoundError:
         raise ModelNotFound(f"there is no saved KV cache {path.stem!r}") from None
     except (OSError, ValueError, KeyError, TypeError, struct.error) as failed:

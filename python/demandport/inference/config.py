@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from demandport.errors import DemandportError, TypeMismatch
-from demandport.inference.requests import known_options, require, whole, wrong
+from demandport.inference.requests import known_options, require, to_options, whole, wrong
 
 #: The model that comes with the package.
 TINY = "tiny"
@@ -91,6 +91,11 @@ class ModelSpec:
             raise wrong("url", "must say where the server is, as in http://127.0.0.1:8000/v1")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise wrong("url", "must begin with http:// or https://")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it is run: what differs from the defaults, without the model itself."""
+        return {name: value for name, value in to_options(self).items() if name != "model"}
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> ModelSpec:

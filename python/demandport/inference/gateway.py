@@ -1,51 +1,86 @@
-"""Knows the models: which are loaded, which backend runs which. Loads each once however many ask."""
+"""Knows the models: which there are, which are loaded, and which backend runs which. Keeps them within the memory."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
-import importlib.resources
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, replace
+import hashlib
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from demandport.errors import BackendUnavailable, ModelLoadFailed, ModelNotFound
-from demandport.inference.backend import Event
-from demandport.inference.config import TINY, ModelSpec
+from demandport.errors import BackendUnavailable, ModelLoadFailed, ModelNotFound, OutOfMemory
+from demandport.inference import caches
+from demandport.inference.backend import Backend, Embeddings, Event, Finished, Operation
+from demandport.inference.config import FILES, TINY, Config, ModelSpec
+from demandport.inference.library import Library, LibraryEntry, tiny_path
 from demandport.inference.llama_cpp import LlamaCppBackend, LogSink
-from demandport.inference.requests import GenerateRequest
+from demandport.inference.replicas import Replicas
+from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest
+from demandport.workers.policy import Restarts
+
+WhenBusy = Literal["refuse", "wait", "stop"]
+WHEN_BUSY: tuple[WhenBusy, ...] = ("refuse", "wait", "stop")
+#: What a worker holds besides the model: the interpreter, llama.cpp, buffers. A guess for before it is measured.
+WORKER_BYTES = 64 * 1024 * 1024
+_MEMORY_SHARE = 0.8
+
+ModelKey = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class ModelKey:
-    """What makes a loaded model a different one: the very file, and how it is loaded.
+class _Found:
+    """A model's files.
 
     Attributes:
-        file: device, inode, size and time of change in nanoseconds.
+        identity: device, inode, size and time of change in nanoseconds of the first.
     """
 
-    file: tuple[int, int, int, int]
-    context_length: int | None
-    gpu_layers: int
-    threads: int | None
+    path: Path
+    identity: tuple[int, int, int, int]
+    size_bytes: int
+    mmproj: Path | None = None
+
+
+@dataclass(eq=False, slots=True)
+class _Entry:
+    """One model that is loaded, or will be when it is first used."""
+
+    id: str
+    spec: ModelSpec
+    path: Path | None
+    size_bytes: int
+    backend: Backend
+    #: There is room for it in the memory.
+    admitted: bool = False
+    in_flight: int = 0
+    used_at: float = 0.0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Gateway:
     """The models of one service. Make it on the event loop, `close` it before the loop ends.
 
-    A request for one model is never answered by another.
+    A request for one model is never answered by another: a model is its file (or its server and name) and the settings
+    it is loaded with.
 
     Args:
-        default_model: what a request without a model gets: a name, or the path of a GGUF file.
+        config: the models there are, and the memory they may take.
         on_log: gets (level, logger, text) of what the workers log; called on the loop.
     """
 
-    def __init__(self, *, default_model: str = TINY, on_log: LogSink | None = None) -> None:
-        self.default_model = default_model
+    def __init__(self, config: Config | None = None, *, on_log: LogSink | None = None) -> None:
+        self.config = config or Config()
+        self.library = Library(self.config.model_directories)
         self._on_log = on_log
-        self._backends: dict[ModelKey, LlamaCppBackend] = {}
+        self._entries: dict[ModelKey, _Entry] = {}
+        self._known: dict[str, LibraryEntry] = {}
+        self._admitting = asyncio.Lock()
         self._closed = False
+
+    # ------------------------------------------------------------------------------------------ requests
 
     async def generate(
         self,
@@ -54,110 +89,320 @@ class Gateway:
         *,
         on_text: Callable[[str], None] | None = None,
     ) -> AsyncGenerator[Event, None]:
-        """Find the model's backend and start; returns the events. The model is loaded when the first is asked for.
+        """Generate with a model, which is loaded if need be; see `Backend.generate`.
 
         Close the generator (``contextlib.aclosing``) when you leave early: that stops the model.
 
         Args:
-            model: None: `default_model`.
-            on_text: as `Backend.generate`.
+            model: a name of the configuration or the library, or a path; None: the configured default.
 
         Raises:
-            ModelNotFound, ModelLoadFailed, BackendUnavailable: here, or when the first event is asked for.
+            ModelNotFound, ModelLoadFailed, OutOfMemory, BackendUnavailable: it cannot be had.
+            DemandportError: what else failed.
         """
-        backend = await self._backend(self._spec(model))
-        return backend.generate(request, on_text)
+        entry = await self._entry(self._spec(model), "generate")
+        with _in_use(entry):
+            await self._admit(entry)
+            async with aclosing(entry.backend.generate(request, on_text)) as events:
+                async for event in events:
+                    yield replace(event, model_ref=_reference(entry)) if isinstance(event, Finished) else event
 
-    async def load_model(self, spec: ModelSpec) -> dict[str, Any]:
+    async def embed(self, request: EmbedRequest, model: ModelSpec | str | None = None) -> Embeddings:
+        """The vectors of some texts; see `Backend.embed`. Raises as `generate`."""
+        entry = await self._entry(self._spec(model), "embed")
+        with _in_use(entry):
+            await self._admit(entry)
+            return await entry.backend.embed(request)
+
+    async def rerank(self, request: RerankRequest, model: ModelSpec | str | None = None) -> list[float]:
+        """A score per document; see `Backend.rerank`. Raises as `generate`."""
+        entry = await self._entry(self._spec(model), "rerank")
+        with _in_use(entry):
+            await self._admit(entry)
+            return await entry.backend.rerank(request)
+
+    async def save_cache(self, value: Mapping[str, Any], name: str) -> tuple[dict[str, Any], int]:
+        """Save a KV cache, as `Finished.kv_cache` has it, under a name.
+
+        Returns:
+            the cache with its name, and the size of its file in bytes.
+
+        Raises:
+            TypeMismatch: it is none. Forbidden: no directory is configured, or the name is none. Others as `generate`.
+        """
+        cache = caches.KvCache.from_plain(value)
+        entry = await self._entry(self._spec(ModelSpec.from_options(cache.model)), "generate")
+        backend = entry.backend.backends[0] if isinstance(entry.backend, Replicas) else entry.backend
+        if not isinstance(backend, LlamaCppBackend):
+            raise BackendUnavailable(f"the backend {backend.kind} saves no KV caches")
+        with _in_use(entry):
+            await self._admit(entry)
+            saved, size = await backend.save_cache(cache, name)
+        return saved.to_plain(), size
+
+    async def load_cache(self, name: str) -> dict[str, Any]:
+        """A KV cache that was saved, as `Finished.kv_cache` has it. Raises as `caches.read`."""
+        path = caches.file_of(self.config.cache_directory, name)
+        return (await asyncio.to_thread(caches.read, path)).to_plain()
+
+    # -------------------------------------------------------------------------------------------- models
+
+    async def load_model(self, spec: ModelSpec, purpose: Operation = "generate") -> dict[str, Any]:
         """Load a model and return its description once it is ready; as `models` lists it.
 
         Raises:
             ModelNotFound, ModelLoadFailed, OutOfMemory, BackendUnavailable: it cannot be loaded.
             WorkerCrash: its worker was killed meanwhile; it can be tried again.
         """
-        backend = await self._backend(spec)
-        await backend.load()
-        return _describe(backend)
+        entry = await self._entry(self._spec(spec), purpose)
+        with _in_use(entry):
+            await self._admit(entry)
+            await entry.backend.load()
+        return _describe(entry)
 
-    async def unload_model(self, model: str) -> bool:
-        """Unload a model, however it was loaded; False when it is not loaded. What it runs ends with
-        `backend_unavailable`."""
-        found = [key for key, backend in self._backends.items() if model in (backend.spec.model, str(backend.path))]
-        backends = [self._backends.pop(key) for key in found]
-        for backend in backends:
-            await backend.close()
-        return bool(backends)
+    async def unload_model(self, model: str | Mapping[str, Any], when_busy: WhenBusy = "stop") -> bool:
+        """Unload a model; False when it is not loaded.
+
+        Args:
+            model: a name: that model however it was loaded; or a `model_ref`: the very one, and no other.
+            when_busy: ``refuse``; ``wait`` until it has nothing to do; ``stop``: what it runs ends with
+                `backend_unavailable`.
+
+        Raises:
+            BackendUnavailable: it is busy and that is to be refused.
+        """
+        entries = [entry for entry in self._entries.values() if _meant(entry, model)]
+        busy = sum(entry.in_flight for entry in entries)
+        if busy and when_busy == "refuse":
+            raise BackendUnavailable(
+                f"model {entries[0].spec.model} is in use by {busy}: say when_busy wait or stop",
+                details={"in_flight": busy},
+            )
+        for entry in entries:
+            while entry.in_flight and when_busy == "wait":
+                entry.idle.clear()
+                await entry.idle.wait()
+            await self._unload(entry)
+        return bool(entries)
 
     def models(self) -> list[dict[str, Any]]:
-        """The models that are loaded or loading, as plain data; does not block."""
-        return [_describe(backend) for backend in self._backends.values()]
+        """The models that are loaded, loading or quarantined, as plain data; does not block."""
+        return [_describe(entry) for entry in self._entries.values()]
 
     async def close(self) -> None:
         """Unload everything; returns when every worker is reaped."""
         self._closed = True
-        backends = list(self._backends.values())
-        self._backends.clear()
-        results = await asyncio.gather(*(backend.close() for backend in backends), return_exceptions=True)
+        entries = list(self._entries.values())
+        self._entries.clear()
+        results = await asyncio.gather(*(entry.backend.close() for entry in entries), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
 
-    def _spec(self, model: ModelSpec | str | None) -> ModelSpec:
-        if isinstance(model, ModelSpec):
-            return model
-        return ModelSpec(model or self.default_model)
+    # -------------------------------------------------------------------------------------------- finding
 
-    async def _backend(self, spec: ModelSpec) -> LlamaCppBackend:
-        path = _path(spec.model)
+    def ollama(self, model: str) -> ModelSpec:
+        """A model of Ollama: the configuration's entry of that name, or else what the configured server calls so."""
+        configured = self.config.models.get(model)
+        if configured is not None and configured.backend == "ollama":
+            return configured
+        return ModelSpec(model, backend="ollama", url=self.config.ollama_url)
+
+    def _spec(self, model: ModelSpec | str | None) -> ModelSpec:
+        """What a request means: an entry of the configuration, or else a file."""
+        spec = model if isinstance(model, ModelSpec) else ModelSpec(model or self.config.default_model)
+        configured = self.config.models.get(spec.model)
+        return configured if configured is not None and spec == ModelSpec(spec.model) else spec
+
+    async def _entry(self, spec: ModelSpec, purpose: Operation) -> _Entry:
         # A file may lie on a network: even looking at it can take long.
-        identity = await asyncio.to_thread(_identify, path)
+        found = await asyncio.to_thread(self._find, spec) if spec.backend in FILES else None
         if self._closed:
             raise BackendUnavailable("the gateway is closed")
-        key = ModelKey(identity, spec.context_length, spec.gpu_layers, spec.threads)
-        backend = self._backends.get(key)
-        if backend is None:
-            backend = self._backends[key] = LlamaCppBackend(
-                replace(spec), path, on_log=self._on_log, on_refused=self._forget
-            )
-        return backend
+        if found is None:
+            key: ModelKey = (spec,)
+        else:
+            key = (found.identity, purpose, repr(spec.settings))
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = self._new_entry(key, spec, found, purpose)
+        return entry
 
-    def _forget(self, backend: LlamaCppBackend) -> None:
+    def _find(self, spec: ModelSpec) -> _Found:
+        """Where the model lies. Blocks."""
+        if spec.model == TINY:
+            return _found(tiny_path(), None)
+        path = Path(spec.model).expanduser()
+        if path.is_absolute() and path.is_file():
+            return _found(path, None)
+        known = self._known.get(spec.model)
+        if known is None or not known.path.is_file():
+            known = self._known[spec.model] = self.library.resolve(spec.model)
+        return _found(known.path, known)
+
+    def _new_entry(self, key: ModelKey, spec: ModelSpec, found: _Found | None, purpose: Operation) -> _Entry:
+        make = {"openai": _openai, "ollama": _ollama}.get(spec.backend)
+        backend: Backend
+        path, size = None, 0
+        if make is not None:
+            backend = make(spec)
+        else:
+            assert found is not None
+            restarts = Restarts()
+            each = [self._local(key, spec, found, purpose, restarts) for _ in range(spec.replicas)]
+            backend = each[0] if len(each) == 1 else Replicas(each, spec.balance)
+            path, size = found.path, found.size_bytes + WORKER_BYTES * spec.replicas
+        id = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+        return _Entry(id, spec, path, size, backend, admitted=found is None)
+
+    def _local(self, key: ModelKey, spec: ModelSpec, found: _Found, purpose: Operation, restarts: Restarts) -> Backend:
+        """A backend whose process is ours."""
+        if spec.backend == "llama-server":
+            from demandport.inference.llama_server import LlamaServerBackend
+
+            mmproj = Path(spec.mmproj) if spec.mmproj else found.mmproj
+            return LlamaServerBackend(spec, found.path, mmproj, on_log=self._on_log)
+        return LlamaCppBackend(
+            spec,
+            found.path,
+            purpose=purpose,
+            size_bytes=found.size_bytes,
+            cache_directory=self.config.cache_directory,
+            on_log=self._on_log,
+            on_refused=lambda: self._refused(key),
+            restarts=restarts,
+        )
+
+    def _refused(self, key: ModelKey) -> None:
         """A model that could not be loaded is not kept, unless it was loaded once and can be again."""
-        if not backend.restarts:
-            for key in [key for key, one in self._backends.items() if one is backend]:
-                del self._backends[key]
+        entry = self._entries.get(key)
+        if entry is not None and not entry.backend.health().restarts:
+            del self._entries[key]
+
+    # --------------------------------------------------------------------------------------------- memory
+
+    async def _admit(self, entry: _Entry) -> None:
+        """Make room for a model before it is loaded: the idle ones that were not used for longest go.
+
+        Raises:
+            OutOfMemory: those that are in use leave none.
+        """
+        if entry.admitted:
+            return
+        async with self._admitting:
+            import psutil  # only now: a service without models does not need it
+
+            limit = self.config.memory_limit_bytes or int(psutil.virtual_memory().total * _MEMORY_SHARE)
+            while not entry.admitted:
+                used = await self._used_bytes()
+                if used + entry.size_bytes <= limit:
+                    entry.admitted = True
+                    return
+                idle = [one for one in self._entries.values() if one.admitted and one.size_bytes and not one.in_flight]
+                if not idle:
+                    facts = {"needed_bytes": entry.size_bytes, "used_bytes": used, "limit_bytes": limit}
+                    raise OutOfMemory(
+                        f"model {entry.spec.model} needs about {entry.size_bytes >> 20} MiB; models in use hold "
+                        f"{used >> 20} of the {limit >> 20} MiB they may",
+                        details=facts,
+                    )
+                await self._unload(min(idle, key=lambda one: one.used_at))
+
+    async def _used_bytes(self) -> int:
+        """What the models hold that are loaded, and what those will that are being loaded."""
+        pids = {one.id: _pids(one) for one in self._entries.values() if one.admitted}
+        measured = await asyncio.to_thread(_memory_of, pids)
+        loading = {one.id: one.size_bytes for one in self._entries.values() if one.backend.health().state == "loading"}
+        return sum(max(held, loading.get(id, 0)) for id, held in measured.items())
+
+    async def _unload(self, entry: _Entry) -> None:
+        for key in [key for key, one in self._entries.items() if one is entry]:
+            del self._entries[key]
+        await entry.backend.close()
 
 
-def _path(model: str) -> Path:
-    if model == TINY:
-        return _tiny_path()
-    return Path(model).expanduser()
+@contextmanager
+def _in_use(entry: _Entry) -> Iterator[None]:
+    entry.in_flight += 1
+    try:
+        yield
+    finally:
+        entry.in_flight -= 1
+        entry.used_at = time.monotonic()
+        if not entry.in_flight:
+            entry.idle.set()
 
 
-@functools.cache
-def _tiny_path() -> Path:
-    return Path(str(importlib.resources.files("demandport") / "data" / "tiny.gguf"))
+def _openai(spec: ModelSpec) -> Backend:
+    from demandport.inference.openai import OpenAIBackend
+
+    return OpenAIBackend(spec)
 
 
-def _identify(path: Path) -> tuple[int, int, int, int]:
+def _ollama(spec: ModelSpec) -> Backend:
+    from demandport.inference.ollama import OllamaBackend
+
+    return OllamaBackend(spec)
+
+
+def _found(path: Path, known: LibraryEntry | None) -> _Found:
     try:
         found = path.stat()
     except OSError as failed:
         if isinstance(failed, PermissionError):
             raise ModelLoadFailed(f"{path} cannot be read: {failed.strerror}") from None
         raise ModelNotFound(f"there is no model {path}; give 'tiny' or the path of a GGUF file") from None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    return _Found(path, identity, known.size_bytes if known else found.st_size, known.mmproj if known else None)
 
 
-def _describe(backend: LlamaCppBackend) -> dict[str, Any]:
-    health = backend.health()
-    return {
-        "model": backend.spec.model,
-        "path": str(backend.path),
+def _each(entry: _Entry) -> Sequence[Backend]:
+    return entry.backend.backends if isinstance(entry.backend, Replicas) else [entry.backend]
+
+
+def _pids(entry: _Entry) -> list[int]:
+    return [pid for backend in _each(entry) if (pid := backend.health().os_pid) is not None]
+
+
+def _memory_of(pids: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Bytes that processes hold, by entry; of what they share, their share: mapped weights count once. Blocks."""
+    return {id: sum(map(_pss, each)) for id, each in pids.items()}
+
+
+def _pss(pid: int) -> int:
+    import psutil
+
+    try:
+        memory = psutil.Process(pid).memory_full_info()
+    except psutil.Error:
+        return 0
+    return int(getattr(memory, "pss", 0) or memory.uss)
+
+
+def _meant(entry: _Entry, model: str | Mapping[str, Any]) -> bool:
+    if isinstance(model, str):
+        return model in (entry.id, entry.spec.model, str(entry.path))
+    return bool(model.get("id") == entry.id)
+
+
+def _reference(entry: _Entry) -> dict[str, Any]:
+    """What names the loaded model: a `model_ref`."""
+    return {"id": entry.id, "model": entry.spec.model, "backend": entry.backend.kind}
+
+
+def _describe(entry: _Entry) -> dict[str, Any]:
+    health, info = entry.backend.health(), entry.backend.info
+    described = _reference(entry) | {
+        "path": None if entry.path is None else str(entry.path),
         "state": health.state,
-        "backend": "llama.cpp",
         "in_flight": health.in_flight,
         "os_pid": health.os_pid,
         "restarts": health.restarts,
-        **{name: backend.info[name] for name in ("context_length", "size_bytes", "parameters") if name in backend.info},
     }
+    if isinstance(entry.backend, Replicas):
+        described["replicas"] = [
+            {"state": one.state, "in_flight": one.in_flight, "os_pid": one.os_pid, "restarts": one.restarts}
+            for one in entry.backend.healths()
+        ]
+    known = ("context_length", "size_bytes", "parameters", "dimensions")
+    return described | {name: info[name] for name in known if name in info}

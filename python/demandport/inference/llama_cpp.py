@@ -6,7 +6,8 @@ import asyncio
 import importlib.util
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import fields, replace
+from contextlib import aclosing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,22 @@ from demandport.errors import (
     WorkerCrash,
     from_wire,
 )
+from demandport.inference import caches
 from demandport.inference.backend import (
     BackendHealth,
     BackendState,
     Capabilities,
+    Embeddings,
     Event,
     Finished,
+    Operation,
     Progress,
     TextChunk,
     Usage,
 )
 from demandport.inference.config import ModelSpec
-from demandport.inference.requests import GenerateRequest
+from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest, to_options
+from demandport.workers.policy import Restarts
 from demandport.workers.process import Message, WorkerProcess
 
 WORKER_MODULE = "demandport.llama.worker"
@@ -65,46 +70,63 @@ class LlamaCppBackend:
 
     Args:
         spec: how to load the model.
-        path: its file.
+        path: its file, the first one of several.
+        purpose: the one operation it is loaded for.
+        size_bytes: of all its files, to report progress by.
+        cache_directory: where KV caches are saved.
         on_log: gets (level, logger, text) of what the worker logs.
         on_refused: called when the model could not be loaded.
+        restarts: when the worker may be started again.
     """
+
+    kind = "llama.cpp"
 
     def __init__(
         self,
         spec: ModelSpec,
         path: Path,
         *,
+        purpose: Operation = "generate",
+        size_bytes: int = 0,
+        cache_directory: Path | None = None,
         on_log: LogSink | None = None,
-        on_refused: Callable[[LlamaCppBackend], None] = lambda backend: None,
+        on_refused: Callable[[], None] = lambda: None,
+        restarts: Restarts | None = None,
     ) -> None:
-        self.spec, self.path = spec, path
-        self._on_refused = on_refused
+        self.spec, self.path, self.purpose, self.size_bytes = spec, path, purpose, size_bytes
         self.restarts = 0
         self.info: dict[str, Any] = {}
-        self._on_log = on_log
+        self._cache_directory = cache_directory
+        self._on_log, self._on_refused = on_log, on_refused
+        self._policy = restarts or Restarts()
         self._worker: WorkerProcess | None = None
-        self._loading: asyncio.Future[dict[str, Any]] | None = None
+        self._starting: asyncio.TimerHandle | None = None
         self._load_id = 0
+        self._ready = False
+        self._crashed = False
         self._streams: dict[int, _Stream] = {}
-        self._entered = 0
         self._last_id = 0
         self._closed = False
 
     def capabilities(self) -> Capabilities:
         """What it can do."""
-        return Capabilities(frozenset({"generate"}), PARAMETERS)
+        return Capabilities(frozenset({self.purpose}), PARAMETERS if self.purpose == "generate" else frozenset())
 
     def health(self) -> BackendHealth:
         """How it stands now."""
-        return BackendHealth(self._state(), self._entered, self._worker.pid if self._worker else None, self.restarts)
+        pid = self._worker.pid if self._worker else None
+        return BackendHealth(self._state(), len(self._streams), pid, self.restarts, self._crashed)
 
     def _state(self) -> BackendState:
         if self._closed:
             return "closed"
-        if self._worker is None or self._loading is None:
-            return "stopped"
-        return "ready" if self._loading.done() else "loading"
+        if self._ready:
+            return "ready"
+        if self._worker is not None or self._starting is not None:
+            return "loading"
+        return "quarantined" if self._policy.quarantined and self._pause_s() else "stopped"
+
+    # ----------------------------------------------------------------------------------------- requests
 
     async def load(self) -> dict[str, Any]:
         """Have the model loaded; facts about it. However many ask, it is loaded once, and one that is
@@ -113,56 +135,12 @@ class LlamaCppBackend:
         Raises:
             BackendUnavailable: llama-cpp-python is missing, or the backend is closed.
             ModelNotFound, ModelLoadFailed, OutOfMemory: the worker's answer; a file that brought it down
-                counts as such.
+                counts as such, and so does one that is quarantined for that.
             WorkerCrash: the worker was killed meanwhile; asking again starts another.
         """
-        if self._closed:
-            raise BackendUnavailable(f"model {self.spec.model} has been unloaded")
-        if self._loading is None:
-            try:
-                self._start()
-            except BackendUnavailable:
-                self._on_refused(self)
-                raise
-        assert self._loading is not None
-        return await asyncio.shield(self._loading)
-
-    def _start(self) -> None:
-        require_llama()
-        loading: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        loading.add_done_callback(_look_at)
-
-        def on_message(message: Message) -> None:
-            self._dispatch(worker, loading, message)
-
-        def on_exit(reason: str) -> None:
-            self._exited(worker, loading, reason)
-
-        try:
-            worker = WorkerProcess.spawn(
-                WORKER_MODULE,
-                name=f"model {self.spec.model}",
-                on_message=on_message,
-                on_exit=on_exit,
-                ready_timeout_s=READY_TIMEOUT_S,
-            )
-        except OSError as failed:
-            raise BackendUnavailable(f"no worker can be started: {failed}") from None
-        self._worker, self._loading = worker, loading
-        spec = self.spec
-        self._load_id = self._next_id()
-        worker.send(
-            [
-                "load",
-                self._load_id,
-                {
-                    "path": str(self.path),
-                    "context_length": spec.context_length,
-                    "gpu_layers": spec.gpu_layers,
-                    "threads": spec.threads,
-                },
-            ]
-        )
+        async for _ in self._events(None, {}, None):
+            pass
+        return self.info
 
     async def generate(
         self, request: GenerateRequest, on_text: Callable[[str], None] | None = None
@@ -175,51 +153,194 @@ class LlamaCppBackend:
             QueueFull: too many generations run or wait.
             DemandportError: as the worker answered.
         """
-        if self._entered >= MAX_IN_FLIGHT:
-            raise QueueFull(f"model {self.spec.model} has {MAX_IN_FLIGHT} generations running or waiting")
-        self._entered += 1
-        try:
-            deadline = _deadline(request)
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await self.load()
-            except TimeoutError:
-                raise _too_late(request) from None
-            worker = self._worker
-            if worker is None:
-                raise WorkerCrash(f"the worker of model {self.spec.model} has died")
-            request_id = self._next_id()
-            stream = self._streams[request_id] = _Stream(on_text)
-            timer = stream.fail_at(deadline, _too_late(request))
-            try:
-                worker.send(["generate", request_id, _remaining(request, deadline).to_options()])
-                while True:
-                    event = await stream.next()
-                    yield event
-                    if isinstance(event, Finished):
-                        return
-            finally:
-                if timer is not None:
-                    timer.cancel()
-                del self._streams[request_id]
-                if not stream.ended and worker.alive:
-                    worker.send(["cancel", request_id])
-        finally:
-            self._entered -= 1
+        self.capabilities().check(request, f"the backend {self.kind} ({self.purpose})")
+        async with aclosing(self._events("generate", self._options(request), request.deadline_ms, on_text)) as events:
+            async for event in events:
+                yield self._finished(event) if isinstance(event, dict) else event
+
+    async def embed(self, request: EmbedRequest) -> Embeddings:
+        """The vectors of some texts; see `Backend.embed`. Raises as `generate`."""
+        body = await self._result("embed", to_options(request), request.deadline_ms)
+        return Embeddings(body["vectors"], body["dimensions"], Usage(**body["usage"]), self.spec.model)
+
+    async def rerank(self, request: RerankRequest) -> list[float]:
+        """A score per document; see `Backend.rerank`. Raises as `generate`."""
+        body = await self._result("rerank", to_options(request), request.deadline_ms)
+        scores: list[float] = body["scores"]
+        return scores
+
+    async def save_cache(self, cache: caches.KvCache, name: str) -> tuple[caches.KvCache, int]:
+        """Save a KV cache under a name; what is not in the cells any more is computed again.
+
+        Returns:
+            the cache with its name, and the size of its file in bytes.
+
+        Raises:
+            Forbidden: no directory is configured, or the name is none. What else, as `generate`.
+        """
+        path = caches.file_of(self._cache_directory, name)
+        request = {
+            "kv_cache": cache.to_plain(),
+            "adapters": [{"path": path, "scale": scale} for path, scale in cache.adapters],
+        }
+        body = await self._result("save", {"request": request, "path": str(path)}, None)
+        return caches.KvCache.from_plain(body["kv_cache"]), body["bytes"]
 
     async def close(self) -> None:
         """Unload the model and end its worker; what still waits for it ends with `backend_unavailable`."""
         self._closed = True
         self._fail_all(BackendUnavailable(f"model {self.spec.model} has been unloaded"))
-        worker, self._worker = self._worker, None
+        worker = self._let_go()
         if worker is not None:
             await worker.stop()
 
-    def _next_id(self) -> int:
-        self._last_id += 1
-        return self._last_id
+    def _options(self, request: GenerateRequest) -> dict[str, Any]:
+        options = request.to_options()
+        if request.kv_cache is not None:
+            # Which file that is, only the service says.
+            cache = {name: value for name, value in request.kv_cache.items() if name != "file"}
+            if cache.get("name") is not None:
+                cache["file"] = str(caches.file_of(self._cache_directory, str(cache["name"])))
+            options["kv_cache"] = cache
+        return options
 
-    def _dispatch(self, worker: WorkerProcess, loading: asyncio.Future[dict[str, Any]], message: Message) -> None:
+    def _finished(self, body: dict[str, Any]) -> Finished:
+        return Finished(
+            body["finish_reason"],
+            Usage(**body["usage"]),
+            body["seed"],
+            logprobs=body.get("logprobs"),
+            kv_cache=body["kv_cache"] | {"model": {"model": self.spec.model, **self.spec.settings}},
+            model=self.spec.model,
+        )
+
+    async def _result(self, kind: str, body: dict[str, Any], deadline_ms: int | None) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        async with aclosing(self._events(kind, body, deadline_ms)) as events:
+            async for event in events:
+                if isinstance(event, dict):
+                    result = event
+        return result
+
+    async def _events(
+        self,
+        kind: str | None,
+        body: dict[str, Any],
+        deadline_ms: int | None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> AsyncGenerator[TextChunk | Progress | dict[str, Any], None]:
+        """One request from start to end: the model is loaded if need be, then it is sent; the last event is the body of
+        the worker's `done`. Without a kind it ends when the model is loaded."""
+        if len(self._streams) >= MAX_IN_FLIGHT:
+            raise QueueFull(f"model {self.spec.model} has {MAX_IN_FLIGHT} requests running or waiting")
+        self._last_id += 1
+        request_id, loop = self._last_id, asyncio.get_running_loop()
+        deadline = None if deadline_ms is None else loop.time() + deadline_ms / 1000
+        stream = self._streams[request_id] = _Stream(on_text, kind, body, deadline)
+        late = DeadlineExceeded(f"the deadline of {deadline_ms} ms has passed")
+        # The worker keeps the deadline itself; this is for loading, and for one that hangs.
+        timer = None if deadline is None else loop.call_at(deadline + _DEADLINE_GRACE_S, stream.fail, late)
+        try:
+            self._start()
+            if self._ready:
+                self._send(request_id, stream)
+            while True:
+                event = await stream.next()
+                yield event
+                if isinstance(event, dict):
+                    return
+        finally:
+            if timer is not None:
+                timer.cancel()
+            del self._streams[request_id]
+            worker = stream.worker
+            if not stream.ended and worker is not None and worker.alive:
+                worker.send(["cancel", request_id])
+
+    def _send(self, request_id: int, stream: _Stream) -> None:
+        worker = self._worker
+        assert worker is not None
+        if stream.kind is None:
+            stream.accept(["done", request_id, self.info])
+            return
+        body = stream.body
+        if stream.deadline is not None:
+            left = stream.deadline - asyncio.get_running_loop().time()
+            body = body | {"deadline_ms": max(1, int(left * 1000))}
+        stream.worker = worker
+        worker.send([stream.kind, request_id, body])
+
+    # ------------------------------------------------------------------------------------- the worker
+
+    def _start(self) -> None:
+        """Have a worker that loads the model, or will in a moment."""
+        if self._closed:
+            raise BackendUnavailable(f"model {self.spec.model} has been unloaded")
+        if self._worker is not None or self._starting is not None:
+            return
+        try:
+            require_llama()
+        except BackendUnavailable:
+            self._on_refused()
+            raise
+        pause = self._pause_s()
+        if pause and self._policy.quarantined:
+            raise ModelLoadFailed(
+                f"{self.path} has brought its worker down {self._policy.failures} times in a row; "
+                f"it is tried again in {pause:.0f} s, or when the file has changed",
+                details={"retry_after_ms": int(pause * 1000)},
+            )
+        if pause:
+            self._starting = asyncio.get_running_loop().call_later(pause, self._spawn)
+        else:
+            self._spawn()
+
+    def _pause_s(self) -> float:
+        return self._policy.wait_s(asyncio.get_running_loop().time())
+
+    def _spawn(self) -> None:
+        self._starting = None
+
+        def on_message(message: Message) -> None:
+            self._dispatch(worker, message)
+
+        def on_exit(reason: str) -> None:
+            self._exited(worker, reason)
+
+        try:
+            worker = WorkerProcess.spawn(
+                WORKER_MODULE,
+                name=f"model {self.spec.model}",
+                on_message=on_message,
+                on_exit=on_exit,
+                ready_timeout_s=READY_TIMEOUT_S,
+            )
+        except OSError as failed:
+            self._fail_all(BackendUnavailable(f"no worker can be started: {failed}"))
+            return
+        self._worker = worker
+        self._last_id += 1
+        self._load_id = self._last_id
+        spec = self.spec
+        load = {
+            "path": str(self.path),
+            "size_bytes": self.size_bytes,
+            "purpose": self.purpose,
+            "context_length": spec.context_length,
+            "gpu_layers": spec.gpu_layers,
+            "threads": spec.threads,
+        }
+        worker.send(["load", self._load_id, load])
+
+    def _let_go(self) -> WorkerProcess | None:
+        """Have no worker any more; returns the one there was, which may live on."""
+        worker, self._worker, self._ready = self._worker, None, False
+        if self._starting is not None:
+            self._starting.cancel()
+            self._starting = None
+        return worker
+
+    def _dispatch(self, worker: WorkerProcess, message: Message) -> None:
         kind = message[0]
         if kind == "log":
             if self._on_log is not None:
@@ -227,60 +348,69 @@ class LlamaCppBackend:
             return
         if kind == "ready" or worker is not self._worker:
             return
-        request_id = message[1]
-        stream = self._streams.get(request_id)
+        stream = self._streams.get(message[1])
         if stream is not None:
             stream.accept(message)
-        elif request_id == self._load_id and not loading.done():
-            self._loaded(loading, message)
+            if kind == "done" and self._policy.failures:
+                self._policy.succeeded()
+        elif message[1] == self._load_id:
+            self._loading(worker, message)
 
-    def _loaded(self, loading: asyncio.Future[dict[str, Any]], message: Message) -> None:
-        if message[0] == "ok":
-            self.info = message[2]
-            loading.set_result(self.info)
-        elif message[0] == "error":
+    def _loading(self, worker: WorkerProcess, message: Message) -> None:
+        if message[0] == "progress":
+            for stream in self._streams.values():
+                stream.accept(message)
+        elif message[0] == "ok":
+            self.info, self._ready, self._crashed = message[2], True, False
+            for request_id, stream in list(self._streams.items()):
+                if not stream.ended:
+                    self._send(request_id, stream)
+        else:
             # The worker has no model and is of no use: the next one that asks starts afresh.
-            worker, self._worker, self._loading = self._worker, None, None
-            loading.set_exception(from_wire(message[2]))
-            self._on_refused(self)
-            if worker is not None:
-                worker.kill()
+            self._let_go()
+            self._fail_all(from_wire(message[2]))
+            self._on_refused()
+            worker.kill()
 
-    def _exited(self, worker: WorkerProcess, loading: asyncio.Future[dict[str, Any]], reason: str) -> None:
+    def _exited(self, worker: WorkerProcess, reason: str) -> None:
         if worker is not self._worker:
             return
-        self._worker, self._loading = None, None
-        if loading.done():
+        loaded = self._ready
+        self._let_go()
+        self._crashed = True
+        own_fault = any(sign in reason for sign in _FILE_AT_FAULT)
+        if own_fault or not loaded:
+            self._policy.died(asyncio.get_running_loop().time())
+        facts = {"reason": reason}
+        if loaded:
             self.restarts += 1
-            self._fail_all(
-                WorkerCrash(f"the worker of model {self.spec.model} has died: {reason}", details={"reason": reason})
-            )
-            return
-        self._on_refused(self)
-        if any(sign in reason for sign in _FILE_AT_FAULT):
-            loading.set_exception(ModelLoadFailed(f"{self.path} brought its worker down: {reason}"))
+            self._fail_all(WorkerCrash(f"the worker of model {self.spec.model} has died: {reason}", details=facts))
+        elif own_fault:
+            self._fail_all(ModelLoadFailed(f"{self.path} brought its worker down: {reason}", details=facts))
         else:
-            loading.set_exception(
-                WorkerCrash(f"the worker died while loading {self.spec.model}: {reason}", details={"reason": reason})
-            )
+            said = f"the worker died while loading {self.spec.model}: {reason}"
+            self._fail_all(WorkerCrash(said, details=facts))
 
     def _fail_all(self, failed: DemandportError) -> None:
-        loading, self._loading = self._loading, None
-        if loading is not None and not loading.done():
-            loading.set_exception(failed)
         for stream in self._streams.values():
             stream.fail(failed)
 
 
 class _Stream:
-    """What the worker has said of one generation and its consumer has not read; text is merged."""
+    """One request: what to send once the model is there, and what the worker has said of it and its consumer has not
+    read; text is merged."""
 
-    def __init__(self, on_text: Callable[[str], None] | None) -> None:
+    def __init__(
+        self, on_text: Callable[[str], None] | None, kind: str | None, body: dict[str, Any], deadline: float | None
+    ) -> None:
+        self.kind, self.body, self.deadline = kind, body, deadline
+        #: To whom it was sent.
+        self.worker: WorkerProcess | None = None
         self.ended = False
         self._on_text = on_text
         self._text: list[str] = []
         self._progress: Progress | None = None
-        self._end: deque[Finished | DemandportError] = deque()
+        self._end: deque[dict[str, Any] | DemandportError] = deque()
         self._wake: asyncio.Future[None] | None = None
 
     def accept(self, message: Message) -> None:
@@ -294,8 +424,7 @@ class _Stream:
         elif kind == "progress":
             self._progress = Progress(body["done"], body["total"], body["unit"])
         elif kind == "done":
-            usage = Usage(body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"])
-            self._finish(Finished(body["finish_reason"], usage, body["seed"]))
+            self._finish(body)
         elif kind == "error":
             self._finish(from_wire(body))
         self._notify()
@@ -306,14 +435,8 @@ class _Stream:
         self._finish(type(failed)(failed.message, details=failed.details))
         self._notify()
 
-    def fail_at(self, deadline: float | None, failed: DemandportError) -> asyncio.TimerHandle | None:
-        """Have it fail on its own a little after `deadline`, in case the worker, which keeps it too, hangs."""
-        if deadline is None:
-            return None
-        return asyncio.get_running_loop().call_at(deadline + _DEADLINE_GRACE_S, self.fail, failed)
-
-    async def next(self) -> Event:
-        """The next event; waits for it. After the end: `Cancelled`, since nobody should ask."""
+    async def next(self) -> TextChunk | Progress | dict[str, Any]:
+        """The next event, the last one the body of `done`; waits for it. After the end: `Cancelled`."""
         while True:
             if self._progress is not None:
                 progress, self._progress = self._progress, None
@@ -324,15 +447,15 @@ class _Stream:
                 return TextChunk(text)
             if self._end:
                 end = self._end.popleft()
-                if isinstance(end, Finished):
+                if isinstance(end, dict):
                     return end
                 raise end
             if self.ended:
-                raise Cancelled("the generation has ended")
+                raise Cancelled("the request has ended")
             self._wake = asyncio.get_running_loop().create_future()
             await self._wake
 
-    def _finish(self, end: Finished | DemandportError) -> None:
+    def _finish(self, end: dict[str, Any] | DemandportError) -> None:
         if not self.ended:
             self.ended = True
             self._end.append(end)
@@ -341,25 +464,3 @@ class _Stream:
         wake, self._wake = self._wake, None
         if wake is not None and not wake.done():
             wake.set_result(None)
-
-
-def _deadline(request: GenerateRequest) -> float | None:
-    return None if request.deadline_ms is None else asyncio.get_running_loop().time() + request.deadline_ms / 1000
-
-
-def _too_late(request: GenerateRequest) -> DeadlineExceeded:
-    return DeadlineExceeded(f"the deadline of {request.deadline_ms} ms has passed")
-
-
-def _remaining(request: GenerateRequest, deadline: float | None) -> GenerateRequest:
-    """The request with what is left of its deadline after loading."""
-    if deadline is None:
-        return request
-    left = int((deadline - asyncio.get_running_loop().time()) * 1000)
-    return replace(request, deadline_ms=max(1, left))
-
-
-def _look_at(loading: asyncio.Future[dict[str, Any]]) -> None:
-    """Mark a failure as seen: all who waited may have been cancelled."""
-    if not loading.cancelled():
-        loading.exception()

@@ -101,22 +101,15 @@ class GenerateRequest:
         given = known_options(cls, options)
         if isinstance(given.get("stop"), str):
             given["stop"] = (given["stop"],)
-        for name in ("stop", "messages", "tools", "adapters"):
-            if isinstance(given.get(name), list):
-                given[name] = tuple(given[name])
-        return cls(**given)
+        return cls(**_with_tuples(given, "stop", "messages", "tools", "adapters"))
 
     def to_options(self) -> dict[str, Any]:
         """The map that `from_options` reads back, of plain data, defaults left out."""
-        options: dict[str, Any] = {}
-        for name in self.given():
-            value = getattr(self, name)
-            options[name] = list(value) if isinstance(value, tuple) else value
-        return options
+        return to_options(self)
 
     def given(self) -> list[str]:
         """Names of the parameters that differ from their defaults."""
-        return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        return list(to_options(self))
 
     def conversation(self) -> list[dict[str, Any]]:
         """The request as messages, the system prompt first."""
@@ -150,6 +143,11 @@ class EmbedRequest:
     normalize: bool = True
     deadline_ms: int | None = None
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> EmbedRequest:
+        """The request that a map describes. Raises `TypeMismatch` that names what is wrong."""
+        return cls(**_with_tuples(known_options(cls, options), "texts"))
+
     def __post_init__(self) -> None:
         _require_texts("texts", self.texts)
         require("normalize", self.normalize, bool, "true or false")
@@ -169,6 +167,11 @@ class RerankRequest:
     documents: tuple[str, ...]
     deadline_ms: int | None = None
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> RerankRequest:
+        """The request that a map describes. Raises `TypeMismatch` that names what is wrong."""
+        return cls(**_with_tuples(known_options(cls, options), "documents"))
+
     def __post_init__(self) -> None:
         require("query", self.query, str, "a string")
         _require_texts("documents", self.documents)
@@ -176,6 +179,16 @@ class RerankRequest:
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
+
+
+def to_options(request: Any) -> dict[str, Any]:
+    """The fields of a request that differ from their defaults, as plain data."""
+    options: dict[str, Any] = {}
+    for field in fields(request):
+        value = getattr(request, field.name)
+        if value != field.default:
+            options[field.name] = list(value) if isinstance(value, tuple) else value
+    return options
 
 
 def wrong(parameter: str, what: str) -> TypeMismatch:
@@ -190,6 +203,13 @@ def known_options(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise wrong(str(name), f"is not known; known are {', '.join(sorted(known))}")
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _with_tuples(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The options with the lists of those names as tuples, which cannot be changed."""
+    return {
+        name: tuple(value) if name in names and isinstance(value, list) else value for name, value in options.items()
+    }
 
 
 def require(name: str, value: Any, kind: type | tuple[type, ...], word: str) -> None:

@@ -15,7 +15,7 @@ import stat
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llama_cpp
 
@@ -179,9 +179,14 @@ class Model:
         )
 
     def _check_purpose(self, purpose: Operation) -> None:
-        kind = self.metadata.get("general.architecture", "")
-        if purpose == "generate" and self.metadata.get(f"{kind}.attention.causal") == "false":
-            raise ModelLoadFailed(f"{self.path} is a model for embeddings ({kind}); it cannot generate text")
+        if purpose == "generate" and self._said("attention.causal") == "false":
+            raise ModelLoadFailed(f"{self.path} is a model for embeddings; it cannot generate text")
+        if purpose == "rerank" and self._said("pooling_type") != str(llama_cpp.LLAMA_POOLING_TYPE_RANK):
+            raise ModelLoadFailed(f"{self.path} is no reranker: it gives no scores")
+
+    def _said(self, key: str) -> str | None:
+        """What the file says of its architecture under that key."""
+        return self.metadata.get(f"{self.metadata.get('general.architecture')}.{key}")
 
     def _open_context(
         self, context_length: int | None, threads: int | None, sequences: int, purpose: Operation
@@ -217,9 +222,9 @@ class Model:
 
     def _pooling(self) -> int:
         """How a sequence's vectors become one: as the file says, or by their mean."""
-        said = self.metadata.get(f"{self.metadata.get('general.architecture', '')}.pooling_type")
         kinds = (llama_cpp.LLAMA_POOLING_TYPE_MEAN, llama_cpp.LLAMA_POOLING_TYPE_CLS, llama_cpp.LLAMA_POOLING_TYPE_LAST)
-        return next((kind for kind in kinds if str(int(kind)) == said), llama_cpp.LLAMA_POOLING_TYPE_MEAN)
+        said = self._said("pooling_type")
+        return next((int(kind) for kind in kinds if str(kind) == said), int(kinds[0]))
 
     def _default_threads(self) -> int:
         if int(llama_cpp.llama_model_size(self._model)) < SINGLE_THREAD_BYTES:
@@ -259,7 +264,11 @@ class Model:
     @property
     def chat_template(self) -> str | None:
         """The Jinja template that the file carries, or None."""
-        template = llama_cpp.llama_model_chat_template(self._model, None)
+        return self.template(None)
+
+    def template(self, name: str | None) -> str | None:
+        """The template of that name that the file carries, or None; without a name the one for chats."""
+        template = llama_cpp.llama_model_chat_template(self._model, None if name is None else name.encode())
         return template.decode("utf-8", "replace") if template else None
 
     def token_text(self, token: int) -> str:
@@ -305,13 +314,14 @@ class Model:
             "name": self.metadata.get("general.name", ""),
         }
 
-    def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """The tokens of `text`, nothing added. Only with `special` are control tokens read from it."""
+    def tokenize(self, text: str, *, special: bool, ends: bool = False) -> list[int]:
+        """The tokens of `text`; with `ends`, and what the vocabulary puts before and after it. Only with `special` are
+        control tokens read from it."""
         data = text.encode("utf-8", "replace")
         room = len(data) + 8
         while True:
             tokens = (llama_cpp.llama_token * room)()
-            count = llama_cpp.llama_tokenize(self.vocabulary, data, len(data), tokens, room, False, special)
+            count = llama_cpp.llama_tokenize(self.vocabulary, data, len(data), tokens, room, ends, special)
             if count >= 0:
                 return tokens[:count]
             if -count <= room:
@@ -436,6 +446,23 @@ class Model:
             file.seek(max(0, size - _FINGERPRINT_BYTES))
             return hashlib.sha256(b"%d" % size + head + file.read()).hexdigest()[:32]
 
+    def forget_all(self) -> None:
+        """Free the cells of all sequences."""
+        if self._memory:  # models that only read have none
+            llama_cpp.llama_memory_clear(self._memory, False)
+
+    @property
+    def vocabulary_ends(self) -> Ends:
+        """The tokens around texts, those that the vocabulary asks for."""
+        vocabulary = self.vocabulary
+        separator = int(llama_cpp.llama_vocab_sep(vocabulary))
+        end = int(llama_cpp.llama_vocab_eos(vocabulary))
+        return Ends(
+            [self.begin] if self.adds_begin else [],
+            [separator if end < 0 else end] if llama_cpp.llama_vocab_get_add_eos(vocabulary) else [],
+            [separator] if llama_cpp.llama_vocab_get_add_sep(vocabulary) else [],
+        )
+
     def close(self) -> None:
         """Free everything; harmless when it is freed."""
         batch, self._batch = self._batch, None
@@ -447,6 +474,14 @@ class Model:
         model, self._model = self._model, None
         if model:
             llama_cpp.llama_model_free(model)
+
+
+class Ends(NamedTuple):
+    """Tokens before a text, after it, and between two."""
+
+    begin: list[int]
+    end: list[int]
+    separator: list[int]
 
 
 def _cores() -> int:
@@ -487,10 +522,12 @@ class Batch:
         self.handle.n_tokens = index + 1
         return index
 
-    def extend(self, tokens: Sequence[int], position: int, sequence: int, last: bool) -> None:
-        """Put several in, the output of the last one wanted if `last`."""
+    def extend(
+        self, tokens: Sequence[int], position: int, sequence: int, last: bool = False, every: bool = False
+    ) -> None:
+        """Put several in, the output of the last one wanted if `last`, of each if `every`."""
         for offset, token in enumerate(tokens):
-            self.add(token, position + offset, sequence, False)
+            self.add(token, position + offset, sequence, every)
         if last and tokens:
             self._outputs[self.handle.n_tokens - 1] = True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -319,8 +320,8 @@ class Scheduler:
         return caches.KvCache(self._model.fingerprint, tokens, sequence.adapters)
 
     def _save(self, sequence: _Sequence, path: Path) -> None:
-        assert sequence.slot is not None
-        cache = caches.KvCache(self._model.fingerprint, tuple(sequence.prompt), sequence.adapters, path.stem)
+        assert sequence.slot is not None and sequence.request.kv_cache is not None
+        cache = replace(caches.KvCache.from_plain(sequence.request.kv_cache), name=path.stem)
         size = caches.write(path, cache, self._model.state(sequence.slot.number))
         self._emit(["done", sequence.id, {"bytes": size, "kv_cache": cache.to_plain()}])
         self._release(sequence)

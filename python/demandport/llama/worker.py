@@ -1,8 +1,9 @@
 """The program of a model worker: ``python -m demandport.llama.worker PARENT_PID``.
 
-In: ``["load", id, spec]``, ``["generate", id, request]``, ``["cancel", id]``.
+In: ``["load", id, spec]``, then ``["generate", id, request]``, ``["save", id, {request, path}]``, ``["embed",
+id, request]`` or ``["rerank", id, request]``, by what it was loaded for, and ``["cancel", id]``.
 Out: ``["ready", info]``, ``["ok", id, result]``, ``["error", id, error]``, ``["progress", id, {done, total,
-unit}]``, ``["chunk", id, text]``, ``["done", id, {finish_reason, usage, seed}]``, ``["log", level, text]``.
+unit}]``, ``["chunk", id, text]``, ``["done", id, result]``, ``["log", level, text]``.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from demandport.errors import BackendUnavailable, DemandportError, Internal
 from demandport.workers.child import Channel, Message
 
 if TYPE_CHECKING:
-    from demandport.llama.scheduler import Scheduler
+    from demandport.llama.model import Model
 
 _PROGRESS_STEPS = 20
 #: Generations in one decode.
@@ -38,12 +39,24 @@ class _LogToChannel(logging.Handler):
         self._channel.send(["log", record.levelname.lower(), f"{record.name}: {record.getMessage()}"])
 
 
+class Runner(Protocol):
+    """What works through requests, one step after the other: the `Scheduler` or the `Embedder`."""
+
+    @property
+    def busy(self) -> bool: ...
+    def cancel(self, request_id: int) -> None: ...
+    def settle_cancel(self, request_id: int) -> None: ...
+    def step(self) -> bool: ...
+
+
 class Worker:
-    """Carries messages between the channel and the scheduler of the one model it loads."""
+    """Carries messages between the channel and what runs the one model it loads."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._scheduler: Scheduler | None = None
+        self._runner: Runner | None = None
+        #: How each kind of request is handed to the runner.
+        self._submit: Mapping[str, Callable[[int, dict[str, Any]], None]] = {}
         channel.on_message = self._urgent
 
     def run(self) -> None:
@@ -53,28 +66,30 @@ class Worker:
             message = self._channel.receive(block=not busy)
             if message is not None:
                 self._handle(message)
-                busy = self._scheduler is not None and self._scheduler.busy
-            elif self._scheduler is not None:
-                busy = self._scheduler.step()
+                busy = self._runner is not None and self._runner.busy
+            elif self._runner is not None:
+                busy = self._runner.step()
 
     def _urgent(self, message: Message) -> None:
         """On the reader thread: a cancel takes effect at the next token, whatever stands before it in the
         queue."""
-        scheduler = self._scheduler
-        if message[0] == "cancel" and scheduler is not None:
-            scheduler.cancel(message[1])
+        runner = self._runner
+        if message[0] == "cancel" and runner is not None:
+            runner.cancel(message[1])
 
     def _handle(self, message: Message) -> None:
-        if message[0] == "load":
-            self._answer(message[1], lambda: self._load(message[1], message[2]))
-        elif message[0] == "generate":
-            self._submit(message[1], message[2])
-        elif message[0] == "cancel" and self._scheduler is not None:
-            self._scheduler.settle_cancel(message[1])
-
-    def _answer(self, request_id: int, work: Callable[[], dict[str, Any]]) -> None:
+        kind, request_id = message[0], message[1]
+        if kind == "cancel":
+            if self._runner is not None:
+                self._runner.settle_cancel(request_id)
+            return
         try:
-            self._channel.send(["ok", request_id, work()])
+            if kind == "load":
+                self._channel.send(["ok", request_id, self._load(request_id, message[2])])
+            elif kind in self._submit:
+                self._submit[kind](request_id, message[2])
+            else:
+                raise Internal(f"a model that was loaded to {' or '.join(self._submit) or 'nothing'} cannot {kind}")
         except DemandportError as failed:
             self._channel.send(["error", request_id, failed.to_wire()])
         except Exception as failed:
@@ -83,33 +98,23 @@ class Worker:
             self._channel.send(["error", request_id, wrapped.to_wire()])
 
     def _load(self, request_id: int, spec: dict[str, Any]) -> dict[str, Any]:
-        if self._scheduler is not None:
+        if self._runner is not None:
             raise Internal("this worker has a model already")
         try:
             from demandport.llama.model import Model
-            from demandport.llama.scheduler import Scheduler
         except ImportError as failed:
             raise BackendUnavailable(f"pip install demandport[llama] ({failed})") from None
-        reported = -1
-
-        def progress(share: float) -> None:
-            nonlocal reported
-            step = int(share * _PROGRESS_STEPS)
-            if step > reported:
-                reported = step
-                facts = {"done": step, "total": _PROGRESS_STEPS, "unit": "load_steps"}
-                self._channel.send(["progress", request_id, facts])
-
         model = Model(
             Path(spec["path"]),
             context_length=spec.get("context_length"),
             gpu_layers=spec.get("gpu_layers") or 0,
             threads=spec.get("threads"),
             sequences=SEQUENCES,
-            progress=progress,
+            purpose=spec.get("purpose") or "generate",
+            progress=self._reporter(request_id, spec["size_bytes"]),
         )
         try:
-            self._scheduler = Scheduler(model, self._channel.send)
+            self._start(model, spec.get("purpose") or "generate")
         except BaseException:
             model.close()
             raise
@@ -117,15 +122,40 @@ class Worker:
         gc.freeze()
         return model.info()
 
-    def _submit(self, request_id: int, options: dict[str, Any]) -> None:
-        from demandport.inference.requests import GenerateRequest
+    def _reporter(self, request_id: int, total: int) -> Callable[[float], None]:
+        reported = -1
 
-        try:
-            if self._scheduler is None:
-                raise Internal("no model is loaded")
-            self._scheduler.submit(request_id, GenerateRequest.from_options(options))
-        except DemandportError as failed:
-            self._channel.send(["error", request_id, failed.to_wire()])
+        def progress(share: float) -> None:
+            nonlocal reported
+            step = int(share * _PROGRESS_STEPS)
+            if step > reported:
+                reported = step
+                facts = {"done": int(share * total), "total": total, "unit": "load_bytes"}
+                self._channel.send(["progress", request_id, facts])
+
+        return progress
+
+    def _start(self, model: Model, purpose: str) -> None:
+        from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest
+
+        if purpose == "generate":
+            from demandport.llama.scheduler import Scheduler
+
+            scheduler = self._runner = Scheduler(model, self._channel.send)
+            self._submit = {
+                "generate": lambda id, body: scheduler.submit(id, GenerateRequest.from_options(body)),
+                "save": lambda id, body: scheduler.submit(
+                    id,
+                    GenerateRequest.from_options({"prompt": "", "raw": True, "max_tokens": 1} | body["request"]),
+                    save=Path(body["path"]),
+                ),
+            }
+            return
+        from demandport.llama.embedder import Embedder
+
+        embedder = self._runner = Embedder(model, self._channel.send)
+        kinds: dict[str, type[EmbedRequest] | type[RerankRequest]] = {"embed": EmbedRequest, "rerank": RerankRequest}
+        self._submit = {purpose: lambda id, body: embedder.submit(id, kinds[purpose].from_options(body))}
 
 
 def main() -> None:

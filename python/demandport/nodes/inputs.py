@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import math
 from typing import Annotated, Any
 
 from demandport.engine.node import Context, node
-from demandport.errors import MissingInput, TooLarge, TypeMismatch
+from demandport.errors import MissingInput, TypeMismatch
 from demandport.graph.spec import Port, as_text, read_json
-
-MAX_MEDIA_BYTES = 32 * 1024 * 1024
-_IMAGE_TYPES = (
-    (b"\x89PNG", "image/png"),
-    (b"\xff\xd8\xff", "image/jpeg"),
-    (b"GIF8", "image/gif"),
-    (b"BM", "image/bmp"),
-)
-_AUDIO_TYPES = ((b"ID3", "audio/mpeg"), (b"\xff\xfb", "audio/mpeg"), (b"OggS", "audio/ogg"), (b"fLaC", "audio/flac"))
+from demandport.nodes.media import read_media
 
 
 @node("text-input", runs="inline", category="input", outputs={"text": "string"})
@@ -113,31 +103,14 @@ def masked_text_input(segments: list[Any] = [], text: str = "") -> dict[str, Any
 @node("image-input", runs="inline", category="input", outputs={"image": "image", "bounds": "json"})
 def image_input(image_base64: str, bounds: dict[str, Any] | None = None) -> dict[str, Any]:
     """An image as base64 or data URL; its media type is read from its first bytes."""
-    found = _media(image_base64, _IMAGE_TYPES, "image")
+    found = read_media(image_base64, "image")
     return {"image": found, "bounds": bounds}
 
 
 @node("audio-input", runs="inline", category="input", outputs={"audio": "audio"})
 def audio_input(audio_data: str) -> dict[str, Any]:
     """Audio as base64 or data URL; its media type is read from its first bytes."""
-    return _media(audio_data, _AUDIO_TYPES, "audio")
-
-
-def _media(text: str, types: tuple[tuple[bytes, str], ...], kind: str) -> dict[str, Any]:
-    header, _, body = text.rpartition(",") if text.startswith("data:") else ("", "", text)
-    if len(body) > MAX_MEDIA_BYTES * 4 // 3 + 4:
-        raise TooLarge(f"{kind} data is over {MAX_MEDIA_BYTES} bytes")
-    try:
-        data = base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError):
-        raise TypeMismatch(f"{kind} data must be base64 or a data URL") from None
-    media_type = next((name for magic, name in types if data.startswith(magic)), None)
-    if data[:4] == b"RIFF" and data[8:12] in (b"WEBP", b"WAVE"):
-        media_type = "image/webp" if data[8:12] == b"WEBP" else "audio/wav"
-    if media_type is None or not media_type.startswith(kind):
-        claimed = header[5:].partition(";")[0]
-        raise TypeMismatch(f"this is no {kind} of a known type" + (f", though it claims {claimed}" if claimed else ""))
-    return {"base64": body, "media_type": media_type, "bytes": len(data)}
+    return read_media(audio_data, "audio")
 
 
 @node("linked-input", runs="inline", category="input", outputs={"value": "any"})

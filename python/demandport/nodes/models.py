@@ -1,101 +1,123 @@
-"""Models and inference."""
+"""What models do besides generating text, and what is done with them: vectors, ranking, KV caches, unloading."""
 
 from __future__ import annotations
 
-from contextlib import aclosing
-from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from demandport.engine.node import Context, node
 from demandport.errors import TypeMismatch
 from demandport.graph.spec import Port
-from demandport.inference.backend import Finished, Progress
-from demandport.inference.config import ModelSpec
-from demandport.inference.gateway import Gateway
-from demandport.inference.requests import GenerateRequest
+from demandport.inference.caches import KvCache
+from demandport.inference.gateway import WHEN_BUSY, Gateway, WhenBusy
+from demandport.inference.requests import EmbedRequest, RerankRequest
 
-Prompt = Annotated[str, Port(type="prompt")]
-#: Ports that are sampling parameters of the request, by the names they have there.
-_PARAMETERS = (
-    "system_prompt", "messages", "raw", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repeat_penalty",
-    "frequency_penalty", "presence_penalty", "seed", "stop", "grammar", "json_schema",
-)  # fmt: skip
-_OUTPUTS = {
-    "response": "string",
-    "model_path": "string",
-    "model_ref": "model_handle",
-    "usage": "json",
-    "finish_reason": "string",
-    "seed": "integer",
-}
+Cache = Annotated[dict[str, Any], Port(type="kv_cache")]
 
 
-@node("llamacpp-inference", category="inference", outputs=_OUTPUTS, stream="response")
-async def llamacpp_inference(
+@node("embedding", category="inference", outputs={"embedding": "embedding", "metadata": "json"})
+async def embedding(
+    ctx: Context, text: Annotated[Any, Port(type="any")], model: str | None = None, normalize: bool = True
+) -> dict[str, Any]:
+    """Turns a text, or each of a list of texts, into a vector: little-endian 32-bit floats in one binary.
+
+    A text that is longer than the model reads at once is an error. Cancel stops the work between two batches.
+    """
+    texts = text if isinstance(text, list) else [text]
+    request = EmbedRequest(tuple(texts), normalize=normalize)
+    found = await _gateway(ctx).embed(request, model)
+    metadata = {
+        "model": found.model,
+        "dimensions": found.dimensions,
+        "count": len(found.vectors),
+        "format": "float32-le",
+        "prompt_tokens": found.usage.prompt_tokens,
+    }
+    return {"embedding": found.vectors if isinstance(text, list) else found.vectors[0], "metadata": metadata}
+
+
+_RERANKER_OUTPUTS = {"results": "json", "scores": "json", "top_document": "any", "top_score": "number"}
+
+
+@node("reranker", category="inference", outputs=_RERANKER_OUTPUTS)
+async def reranker(
     ctx: Context,
     model_path: str,
-    prompt: Prompt | None = None,
-    system_prompt: str | None = None,
-    messages: list[Any] | None = None,
-    raw: bool = False,
-    max_tokens: int | None = None,
-    temperature: float = 0.7,
-    top_p: float = 0.95,
-    top_k: int = 40,
-    min_p: float = 0.05,
-    repeat_penalty: float = 1.0,
-    frequency_penalty: float = 0.0,
-    presence_penalty: float = 0.0,
-    seed: int | None = None,
-    stop: Any = None,
-    grammar: str | None = None,
-    json_schema: dict[str, Any] | None = None,
-    context_length: int | None = None,
-    gpu_layers: int = 0,
-    threads: int | None = None,
-    inference_settings: dict[str, Any] | None = None,
+    query: str,
+    documents: list[Any],
+    top_k: int | None = None,
+    return_documents: bool = True,
 ) -> dict[str, Any]:
-    """Generates text with a GGUF model in its own worker process, and streams it.
+    """Scores documents by how well they answer the query, best first.
 
-    `model_path` is a file, or "tiny" for the model that comes with the package. `inference_settings` gives parameters
-    by name, over those of the ports. With no `max_tokens` it is 512, or what the context holds. Cancel stops the model
-    before its next token.
+    A document is a text, or a map with its text under `text` or `content`. `scores` are in the order of the documents,
+    `results` the best `top_k`, each `{index, score, document}`. Cancel stops the work between two batches.
     """
-    parameters = {name: value for name, value in locals().items() if name in _PARAMETERS and value is not None}
-    parameters |= _settings(inference_settings)
-    if messages is None:
-        parameters["prompt"] = prompt
-    spec = ModelSpec(model_path, context_length=context_length, gpu_layers=gpu_layers, threads=threads)
+    if top_k is not None and top_k < 1:
+        raise TypeMismatch(f"top_k must be at least 1, not {top_k}")
+    request = RerankRequest(query, tuple(_text_of(document, at) for at, document in enumerate(documents)))
+    scores = await _gateway(ctx).rerank(request, model_path)
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
+    results = [
+        {"index": index, "score": scores[index]} | ({"document": documents[index]} if return_documents else {})
+        for index in order[:top_k]
+    ]
+    best = order[0]
+    return {"results": results, "scores": scores, "top_document": documents[best], "top_score": scores[best]}
+
+
+def _text_of(document: Any, position: int) -> str:
+    if isinstance(document, dict):
+        document = document.get("text", document.get("content"))
+    if not isinstance(document, str):
+        raise TypeMismatch(f"documents[{position}] must be a text, or a map with a text under text or content")
+    return document
+
+
+@node("unload-model", category="inference", outputs={"status": "string", "trigger_passthrough": "any"})
+async def unload_model(
+    ctx: Context,
+    model_ref: Annotated[Any, Port(type="model_handle")],
+    trigger: Any = None,
+    when_busy: str = "refuse",
+) -> dict[str, Any]:
+    """Unloads the model that `model_ref` names, and no other.
+
+    `when_busy`: refuse (an error while it is in use), wait, or stop what it runs. `status` is unloaded or not_loaded.
+    """
+    if when_busy not in WHEN_BUSY:
+        raise TypeMismatch(f"when_busy must be one of {', '.join(get_args(WhenBusy))}, not {when_busy!r}")
+    if not isinstance(model_ref, str) and not (isinstance(model_ref, dict) and isinstance(model_ref.get("id"), str)):
+        raise TypeMismatch("model_ref must be what an inference node gave as its model_ref, or the name of a model")
+    unloaded = await _gateway(ctx).unload_model(model_ref, when_busy)
+    return {"status": "unloaded" if unloaded else "not_loaded", "trigger_passthrough": trigger}
+
+
+# ------------------------------------------------------------------------------------------------------ KV caches
+
+
+@node("kv-cache-save", category="inference", outputs={"kv_cache": "kv_cache", "name": "string", "bytes": "integer"})
+async def kv_cache_save(ctx: Context, kv_cache: Cache, name: str) -> dict[str, Any]:
+    """Saves what a model had computed under a name, so that it need not be computed again, also after a restart.
+
+    The directory for it is configured. What is not in the model's cells any more is computed once more.
+    """
+    saved, size = await _gateway(ctx).save_cache(kv_cache, name)
+    return {"kv_cache": saved, "name": name, "bytes": size}
+
+
+@node("kv-cache-load", category="inference", outputs={"kv_cache": "kv_cache", "tokens": "integer"})
+async def kv_cache_load(ctx: Context, name: str) -> dict[str, Any]:
+    """Finds what was saved under a name; only the model file that it was computed by can use it."""
+    cache = await _gateway(ctx).load_cache(name)
+    return {"kv_cache": cache, "tokens": len(KvCache.from_plain(cache).tokens)}
+
+
+@node("kv-cache-truncate", runs="inline", category="inference", outputs={"kv_cache": "kv_cache"})
+def kv_cache_truncate(kv_cache: Cache, tokens: int) -> dict[str, Any]:
+    """Keeps the first `tokens` tokens; a negative number leaves out that many at the end."""
+    return KvCache.from_plain(kv_cache).truncated(tokens).to_plain()
+
+
+def _gateway(ctx: Context) -> Gateway:
     gateway: Gateway = ctx.resources["gateway"]
-    pieces: list[str] = []
-
-    def take(text: str) -> None:
-        pieces.append(text)
-        ctx.write(text)
-
-    request = GenerateRequest.from_options(parameters)
-    finished: Finished | None = None
-    async with aclosing(await gateway.generate(request, spec, on_text=take)) as events:
-        async for event in events:
-            if isinstance(event, Progress):
-                ctx.progress(event.done, event.total, event.unit)
-            elif isinstance(event, Finished):
-                finished = event
-    assert finished is not None, "a generation that does not fail ends with Finished"
-    return {
-        "response": "".join(pieces),
-        "model_path": model_path,
-        "model_ref": {"model": model_path, "backend": "llama.cpp"},
-        "usage": None if finished.usage is None else asdict(finished.usage),
-        "finish_reason": finished.finish_reason,
-        "seed": finished.seed,
-    }
-
-
-def _settings(settings: dict[str, Any] | None) -> dict[str, Any]:
-    unknown = (settings or {}).keys() - set(_PARAMETERS)
-    if unknown:
-        raise TypeMismatch(
-            f"inference_settings has no {', '.join(sorted(unknown))}; there are {', '.join(_PARAMETERS)}"
-        )
-    return settings or {}
+    return gateway

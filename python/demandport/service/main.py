@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
@@ -23,6 +23,7 @@ import anyio
 from demandport.engine.executor import Executor
 from demandport.engine.registry import load_specs
 from demandport.errors import Internal
+from demandport.inference.config import Config
 from demandport.inference.gateway import Gateway
 from demandport.nodes import BUILT_IN
 from demandport.pipes import Reader, Writer, drain, watch_end
@@ -51,14 +52,14 @@ class Settings:
     Attributes:
         codec: ``msgpack`` or ``etf``.
         max_frame_bytes: largest frame accepted.
-        model: what an inference node gets that names no model.
+        models: which models there are, and the memory they may take.
         files: directory that file nodes may use; None for none.
         log_level: least level that is sent to the host as `log` messages.
     """
 
     codec: str = "msgpack"
     max_frame_bytes: int = MAX_FRAME_BYTES
-    model: str = "tiny"
+    models: Config = field(default_factory=Config)
     files: str | None = None
     log_level: str = "INFO"
 
@@ -95,8 +96,12 @@ async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
 
     codec = codec_named(settings.codec)
     specs = load_specs(BUILT_IN)
-    gateway = Gateway(default_model=settings.model, on_log=_log_from_worker)
-    resources: Mapping[str, Any] = {"gateway": gateway, "files_root": settings.files}
+    gateway = Gateway(settings.models, on_log=_log_from_worker)
+    resources: Mapping[str, Any] = {
+        "gateway": gateway,
+        "library": gateway.library,
+        "files_root": settings.files,
+    }
     async with anyio.create_task_group() as tasks:
         outbox = Outbox(codec)
         writer = Writer(loop, fd_out, lambda: end(0), refill=lambda: service.refill())

@@ -1,22 +1,48 @@
-"""Decisions about workers, as plain data with a clock given from outside: when one may be started again."""
+"""Decisions about workers, as plain data with a clock given from outside: which one gets the work, and when one that
+died may be started again."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How one of several workers stands.
+
+    Attributes:
+        in_flight: what it has to do. available: it has not crashed, or is up again.
+    """
+
+    in_flight: int
+    available: bool = True
+
+
+def least_loaded(loads: Sequence[Load]) -> int:
+    """Index of the one with least to do; of several the first. One that is not available has nothing in flight either,
+    and so is left out, unless all are."""
+    return min(range(len(loads)), key=lambda index: (not loads[index].available, loads[index].in_flight))
+
+
+def round_robin(loads: Sequence[Load], turn: int) -> int:
+    """Index of the next one that is available, beginning at `turn`."""
+    order = [(turn + step) % len(loads) for step in range(len(loads))]
+    return next((index for index in order if loads[index].available), order[0])
 
 
 @dataclass(slots=True)
 class Restarts:
-    """When a worker that dies may be started again.
+    """When a worker that died may be started again.
 
-    After one that was ready the next starts at once. After one that died before it was ready it waits, twice as long
-    each time; after `quarantine_after` of them in a row it is quarantined: not started at all for `quarantine_s`.
+    The first time at once; each further time in a row it waits, twice as long as before. After `quarantine_after`
+    deaths in a row it is quarantined: not started at all for `quarantine_s`.
 
     Attributes:
         first_s, most_s: shortest and longest wait. jitter: share of the wait that is drawn at random, so that many do
             not start at once.
+        failures: deaths in a row.
     """
 
     first_s: float = 0.25
@@ -25,23 +51,17 @@ class Restarts:
     quarantine_after: int = 3
     quarantine_s: float = 60.0
     draw: Callable[[], float] = field(default=random.random, repr=False)
-    #: Deaths in a row before it was ready.
     failures: int = 0
     _not_before: float = 0.0
 
-    def ready(self) -> None:
-        """It is ready: what was before is forgotten."""
+    def succeeded(self) -> None:
+        """It has done something: what was before is forgotten."""
         self.failures, self._not_before = 0, 0.0
 
     def died(self, now: float) -> None:
-        """It died before it was ready."""
+        """It died, and that was its own fault."""
         self.failures += 1
-        if self.quarantined:
-            wait = self.quarantine_s
-        else:
-            wait = min(self.first_s * 2 ** (self.failures - 1), self.most_s)
-            wait *= 1 + self.jitter * self.draw()
-        self._not_before = now + wait
+        self._not_before = now + self._pause_s()
 
     @property
     def quarantined(self) -> bool:
@@ -51,3 +71,11 @@ class Restarts:
     def wait_s(self, now: float) -> float:
         """How long to wait, in seconds, before it may be started; 0 for now."""
         return max(0.0, self._not_before - now)
+
+    def _pause_s(self) -> float:
+        if self.quarantined:
+            return self.quarantine_s
+        if self.failures == 1:
+            return 0.0
+        wait: float = min(self.first_s * 2 ** (self.failures - 2), self.most_s)
+        return wait * (1 + self.jitter * self.draw())
