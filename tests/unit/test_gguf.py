@@ -92,7 +92,7 @@ def test_a_file_says_all_that_it_can(file: Path) -> None:
         version=3,
         name="Qwen3 Ünïcode",
         architecture="qwen3",
-        parameters=3 * ELEMENTS,
+        elements=3 * ELEMENTS,
         context_length=40960,
         quantization="Q4_K_M",
         chat_template="{{ x }}",
@@ -139,7 +139,9 @@ def test_what_is_no_model_says_so(file: Path, about: Any, expected: str) -> None
 
 
 def test_a_stated_number_of_parameters_counts_more_than_the_tensors(file: Path) -> None:
-    assert read_metadata(write_gguf(file, general__parameter_count=7_000_000)).parameters == 7_000_000
+    found = read_metadata(write_gguf(file, general__parameter_count=7_000_000))
+    assert (found.parameters, found.stated_parameters, found.elements) == (7_000_000, 7_000_000, ELEMENTS)
+    assert read_metadata(write_gguf(file, tensors=0)).parameters is None
 
 
 @pytest.mark.parametrize("kind", [kind.name for kind in GGML_QUANT_SIZES])

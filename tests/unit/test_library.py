@@ -190,6 +190,11 @@ def test_a_split_model_is_one(root: Path) -> None:
         assert resolved(root, name) == "big/Big-Q8"
 
 
+def test_what_a_split_model_states_counts_for_all_its_files(root: Path) -> None:
+    write_split(root, "m", 2, general__parameter_count=7_000_000)
+    assert entries(root)["m"].parameters == 7_000_000
+
+
 @pytest.mark.parametrize(
     ("left_out", "says"),
     [(1, "1 of 3 files are missing: m-00001-of-00003.gguf$"), (3, "1 of 3 files are missing: m-00003-of-00003.gguf$")],

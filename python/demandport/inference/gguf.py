@@ -82,7 +82,7 @@ class GgufMetadata:
         name, architecture: as stated; None where they are not.
         type: ``model``, ``mmproj`` (the projector of a vision model), ``adapter`` (LoRA), ``imatrix``, or what else the
             file calls itself.
-        parameters: as stated, else the elements of all tensors in this file; None when it has none.
+        stated_parameters: of the whole model, where the file says so. elements: of all tensors in this file.
         context_length: tokens that the model was trained with.
         quantization: such as ``Q4_K_M``: of the stated file type, else of the type most elements have.
         chat_template: Jinja text.
@@ -98,7 +98,8 @@ class GgufMetadata:
     name: str | None = None
     architecture: str | None = None
     type: str = "model"
-    parameters: int | None = None
+    stated_parameters: int | None = None
+    elements: int = 0
     context_length: int | None = None
     quantization: str | None = None
     chat_template: str | None = None
@@ -108,6 +109,11 @@ class GgufMetadata:
     split_count: int = 1
     tensors: int = 0
     array_lengths: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int | None:
+        """As stated, else the elements of this file's tensors; None when it has none."""
+        return self.stated_parameters or self.elements or None
 
 
 def read_metadata(path: Path) -> GgufMetadata:
@@ -337,7 +343,8 @@ def _metadata(
         name=get("general.name", str) or None,
         architecture=architecture,
         type="mmproj" if architecture == "clip" else get("general.type", str) or "model",
-        parameters=get("general.parameter_count", int) or elements.total() or None,
+        stated_parameters=get("general.parameter_count", int),
+        elements=elements.total(),
         context_length=get(f"{architecture}.context_length", int),
         quantization=_FILE_TYPES.get(file_type) or (usual[0][0] if usual else None),
         chat_template=get("tokenizer.chat_template", str) or None,

@@ -324,7 +324,7 @@ class Library:
             path=group.first,
             name=(metadata and metadata.name) or _text(folder.pumas, "official_name") or id.rpartition("/")[2],
             size_bytes=sum(_size(path) for path in group.files.values()),
-            parameters=sum(one.parameters or 0 for one in sound) or None,
+            parameters=(metadata and metadata.stated_parameters) or sum(one.elements for one in sound) or None,
             metadata=metadata,
             shards=tuple(path for _, path in sorted(group.files.items())),
             mmproj=mmproj,
