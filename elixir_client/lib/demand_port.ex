@@ -117,18 +117,31 @@ defmodule DemandPort do
   @spec load_model(port_server, String.t(), keyword) :: {:ok, map} | {:error, Error.t()}
   def load_model(port, model, options \\ []) when is_binary(model) do
     {timeout, settings} = options |> Options.validate!(:load_model) |> Keyword.pop(:timeout)
-    Connection.request(port, "load_model", [settings |> Map.new() |> Map.put(:model, model)], timeout)
+    spec = Map.new(settings, fn {name, value} -> {name, plain(value)} end)
+    Connection.request(port, "load_model", [Map.put(spec, :model, model)], timeout)
   end
 
   @doc """
   Unloads a model; true when it was loaded.
 
+  By name that is the model however it was loaded; by a `model_ref`, as inference nodes give it, the very one and no other.
+
   #{Options.docs(:unload_model)}
   """
-  @spec unload_model(port_server, String.t(), keyword) :: {:ok, boolean} | {:error, Error.t()}
-  def unload_model(port, model, options \\ []) when is_binary(model) do
-    ask(port, "unload_model", [model], options, :unload_model)
+  @spec unload_model(port_server, String.t() | %{String.t() => term}, keyword) ::
+          {:ok, boolean} | {:error, Error.t()}
+  def unload_model(port, model, options \\ [])
+
+  def unload_model(port, %{"id" => id}, options), do: do_unload(port, %{id: id}, options)
+  def unload_model(port, model, options) when is_binary(model), do: do_unload(port, %{model: model}, options)
+
+  defp do_unload(port, which, options) do
+    {timeout, [when_busy: when_busy]} = options |> Options.validate!(:unload_model) |> Keyword.pop(:timeout)
+    Connection.request(port, "unload_model", [Map.put(which, :when_busy, plain(when_busy))], timeout)
   end
+
+  defp plain(value) when is_atom(value), do: Atom.to_string(value)
+  defp plain(value), do: value
 
   @doc """
   Takes no new demands and waits for the running ones: `%{"completed" => n, "cancelled" => n}`.

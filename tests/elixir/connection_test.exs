@@ -405,12 +405,21 @@ defmodule DemandPort.ConnectionTest do
                DemandPort.node_types(server, filter: "merge")
 
       assert {:ok, %{"kind" => "node_types", "fields" => ["None"]}} = DemandPort.node_types(server)
-      assert {:ok, %{"kind" => "unload_model", "fields" => ["'m'"]}} = DemandPort.unload_model(server, "m")
+
+      assert {:ok, %{"kind" => "unload_model", "fields" => [fields]}} =
+               DemandPort.unload_model(server, "m", when_busy: :wait)
+
+      assert fields == "{'model': 'm', 'when_busy': 'wait'}"
+      reference = %{"id" => "1f", "model" => "m", "backend" => "llama.cpp"}
+      assert {:ok, %{"fields" => [fields]}} = DemandPort.unload_model(server, reference)
+      assert fields == "{'id': '1f', 'when_busy': 'stop'}"
 
       assert {:ok, %{"kind" => "load_model", "fields" => [fields]}} =
-               DemandPort.load_model(server, "m", threads: 2)
+               DemandPort.load_model(server, "m", threads: 2, balance: :round_robin)
 
-      assert fields =~ "'threads': 2" and fields =~ "'model': 'm'" and not (fields =~ "timeout")
+      assert fields =~ "'threads': 2" and fields =~ "'balance': 'round_robin'" and fields =~ "'model': 'm'" and
+               not (fields =~ "timeout")
+
       assert {:ok, %{"kind" => "validate"}} = DemandPort.validate(server, %{nodes: [], edges: []})
       assert {:ok, %{"completed" => 0}} = DemandPort.drain(server)
 

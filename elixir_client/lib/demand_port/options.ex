@@ -66,13 +66,22 @@ defmodule DemandPort.Options do
       {:context_length, {:integer, 1}, :none, "tokens of context; default: the model's own"},
       {:gpu_layers, :any_integer, :none, "layers put on the GPU"},
       {:threads, {:integer, 1}, :none, "threads of one model worker"},
+      {:replicas, {:integer, 1}, :none, "workers that run the model at once"},
+      {:balance, {:in, [:least_loaded, :round_robin]}, :none, "how one of several workers is chosen"},
+      {:purpose, {:in, [:generate, :embed, :rerank]}, :none, "what it is loaded for; default `:generate`"},
       {:timeout, :timeout, 600_000, "how long to wait until the model is ready, in milliseconds"}
+    ],
+    unload_model: [
+      {:when_busy, {:in, [:stop, :wait, :refuse]}, :stop,
+       "what becomes of what the model runs: it ends with `:backend_unavailable`, or the model waits for it, " <>
+         "or is not unloaded"},
+      @timeout
     ],
     node_types: [{:filter, :filter, nil, "a node type, or `%{\"category\" => name}`"}, @timeout],
     drain: [{:timeout_ms, {:integer, 0}, 30_000, "time after which running demands are cancelled"}]
   }
 
-  @plain ~w(close edit set_input clear_input get_output snapshot health ping validate models unload_model)a
+  @plain ~w(close edit set_input clear_input get_output snapshot health ping validate models)a
   @functions Map.merge(@table, Map.new(@plain, &{&1, [@timeout]}))
 
   @doc "The options with defaults put in, or an `ArgumentError` that names the option, what it takes, and what it got."

@@ -362,12 +362,19 @@ class Service:
     def _load_model(self, message: m.LoadModel) -> Any:
         spec = message.spec
         wanted = ModelSpec(
-            spec.model, context_length=spec.context_length, gpu_layers=spec.gpu_layers, threads=spec.threads
+            spec.model,
+            context_length=spec.context_length,
+            gpu_layers=spec.gpu_layers,
+            threads=spec.threads,
+            replicas=spec.replicas,
+            balance=spec.balance,
         )
-        return self._later(message.id, lambda: self._gateway.load_model(wanted))
+        return self._later(message.id, lambda: self._gateway.load_model(wanted, spec.purpose))
 
     def _unload_model(self, message: m.UnloadModel) -> Any:
-        return self._later(message.id, lambda: self._gateway.unload_model(message.model))
+        options = message.options
+        model = {"id": options.id} if options.model is None else options.model
+        return self._later(message.id, lambda: self._gateway.unload_model(model, options.when_busy))
 
     def _health(self, message: m.Health) -> dict[str, Any]:
         import psutil

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from demandport.errors import BadMessage
 from demandport.ids import DemandId, NodeId, PortName, RequestId, SessionId
@@ -49,6 +49,18 @@ class LoadOptions:
     context_length: int | None = None
     gpu_layers: int = 0
     threads: int | None = None
+    replicas: int = 1
+    balance: str = "least_loaded"
+    purpose: Literal["generate", "embed", "rerank"] = "generate"
+
+
+@dataclass(slots=True)
+class UnloadOptions:
+    """Which model: `model` by name, or `id` for the very one that a `model_ref` names."""
+
+    model: str | None = None
+    id: str | None = None
+    when_busy: Literal["refuse", "wait", "stop"] = "stop"
 
 
 @dataclass(slots=True)
@@ -138,7 +150,7 @@ class LoadModel:
 @dataclass(slots=True)
 class UnloadModel:
     id: RequestId
-    model: str
+    options: UnloadOptions
 
 
 @dataclass(slots=True)
@@ -176,6 +188,15 @@ def _integer(low: int, high: int) -> Check:
 
 def _optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
+
+
+def _one_of(*choices: str) -> Check:
+    def check(name: str, value: Any) -> str:
+        if type(value) is str and value in choices:
+            return value
+        raise _fail(name, f"one of {', '.join(choices)}", value)
+
+    return check
 
 
 def _name(name: str, value: Any) -> str:
@@ -248,6 +269,21 @@ def _known(name: str, value: Any, checks: dict[str, Check]) -> Any:
         if key not in checks:
             raise BadMessage(f"{name} has no option {key!r}; there are {', '.join(checks)}")
     return value.items()
+
+
+_unload_options = _options(
+    UnloadOptions,
+    {"model": _optional(_name), "id": _optional(_name), "when_busy": _one_of("refuse", "wait", "stop")},
+)
+
+
+def _unload(name: str, value: Any) -> UnloadOptions:
+    if type(value) is str:
+        return UnloadOptions(_name(name, value))
+    options: UnloadOptions = _unload_options(name, value)
+    if (options.model is None) == (options.id is None):
+        raise BadMessage(f"{name} must have model or id, and not both")
+    return options
 
 
 _demand_options = _options(
@@ -327,12 +363,15 @@ SHAPES: dict[str, tuple[type[Any], list[tuple[str, Check]]]] = {
                         "context_length": _optional(_integer(8, 1 << 22)),
                         "gpu_layers": _integer(-1, 10_000),
                         "threads": _optional(_integer(1, 512)),
+                        "replicas": _integer(1, 64),
+                        "balance": _one_of("least_loaded", "round_robin"),
+                        "purpose": _one_of("generate", "embed", "rerank"),
                     },
                 ),
             ),
         ],
     ),
-    "unload_model": (UnloadModel, [("id", _id), ("model", _name)]),
+    "unload_model": (UnloadModel, [("id", _id), ("model", _unload)]),
     "health": (Health, [("id", _id)]),
     "ping": (Ping, [("id", _id)]),
     "drain": (Drain, [("id", _id), ("timeout_ms", _milliseconds)]),
