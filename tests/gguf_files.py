@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFEndian, GGUFWriter
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 ROWS = 8
 
@@ -69,8 +69,6 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
 
 
 def _add_tensor(writer: GGUFWriter, name: str, kind: GGMLQuantizationType) -> None:
-    from gguf.constants import GGML_QUANT_SIZES
-
     block_elements, block_bytes = GGML_QUANT_SIZES[kind]
     if kind is GGMLQuantizationType.F32:
         writer.add_tensor(name, np.zeros((ROWS, 256), dtype=np.float32))

@@ -36,7 +36,7 @@ def shelf(tmp_path: Path) -> Path:
     write_gguf(folder / "vision" / "mmproj.gguf", architecture="clip")
     write_gguf(folder / "rank.gguf", architecture="bert", __pooling_type=4, name="evil\x1b[2Jname\nnext")
     write_gguf(folder / "embed.gguf", architecture="bert", __attention__causal=False)
-    (folder / "cut.gguf").write_bytes(write_gguf(folder / "x").read_bytes()[:100])
+    (folder / "cut[b].gguf").write_bytes(write_gguf(folder / "x").read_bytes()[:100])
     (folder / "embed").mkdir()
     write_gguf(folder / "pumas" / "m.gguf")
     (folder / "pumas" / "metadata.json").write_text('{"model_id": "llm/x/m"}')
@@ -53,24 +53,24 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_a_table_with_a_line_per_model(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line.rstrip() for line in printed(capsys, str(shelf)).splitlines()]
     assert lines[0].split() == ["id", "name", "arch", "params", "quant", "size", "context", "template", "notes"]
-    assert [line.split()[0] for line in lines[1:7]] == ["tiny", "cut", "embed", "pumas/m", "rank", LONG]
+    assert [line.split()[0] for line in lines[1:7]] == ["tiny", "cut[b]", "embed", "pumas/m", "rank", LONG]
     by_id = {line.split()[0]: " ".join(line.split()) for line in lines[1:7]}
     assert by_id["tiny"] == "tiny demandport-tiny llama 694 K F32 2.7 MiB 512 yes"
     assert by_id["embed"].endswith("embeddings") and by_id["pumas/m"].endswith("no Pumas")
     assert "evil�[2Jname�next" in by_id["rank"] and by_id["rank"].endswith("no reranker")
     assert "Big [b]One[/b] qwen2vl 3.6 B Q4_K_M " in by_id[LONG]
     assert by_id[LONG].endswith("32768 yes 2 files; sees with mmproj.gguf")
-    assert by_id["cut"] == "cut cut 100 B no unusable"
-    assert lines[7].startswith("cut is no sound GGUF file: at byte ") and len(lines) == 8
+    assert by_id["cut[b]"] == "cut[b] cut[b] 100 B no unusable"
+    assert lines[7].startswith("cut[b] is no sound GGUF file: at byte ") and len(lines) == 8
 
 
 def test_json_is_plain_and_says_all(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = {one["id"]: one for one in json.loads(printed(capsys, "--json", str(shelf)))}
-    assert list(found) == ["tiny", "cut", "embed", "pumas/m", "rank", LONG]
+    assert list(found) == ["tiny", "cut[b]", "embed", "pumas/m", "rank", LONG]
     assert found["rank"]["name"] == "evil\x1b[2Jname\nnext" and found["rank"]["pooling"] == "rank"
     big = found[LONG]
     assert len(big["shards"]) == 2 and big["path"] == big["shards"][0] and big["mmproj"].endswith("vision/mmproj.gguf")
-    assert found["cut"]["unusable"].startswith("is no sound GGUF file") and found["cut"]["parameters"] is None
+    assert found["cut[b]"]["unusable"].startswith("is no sound GGUF file") and found["cut[b]"]["parameters"] is None
     assert found["pumas/m"]["pumas"] == {"model_id": "llm/x/m"}
 
 

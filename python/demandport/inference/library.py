@@ -26,6 +26,8 @@ MAX_LOOKED_AT = 100_000
 PUMAS_FILE = "metadata.json"
 MAX_PUMAS_BYTES = 4 * 1024 * 1024
 _MOST_NAMED = 10
+#: Comparing names with a misspelt one is slow.
+_MOST_COMPARED = 5000
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 #: As llama.cpp's gguf-split names them.
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})", re.DOTALL)
@@ -161,7 +163,8 @@ class Library:
 
     def __init__(self, directories: Sequence[Path] = ()) -> None:
         self.directories = tuple(directories)
-        self._read_before: dict[tuple[Path, int, int], GgufMetadata | str] = {}
+        #: By file: its size and time of change, and what was read then.
+        self._read_before: dict[Path, tuple[tuple[int, int], GgufMetadata | str]] = {}
         self._said: set[str] = set()
 
     def entries(self) -> list[LibraryEntry]:
@@ -339,13 +342,17 @@ class Library:
             about = path.stat()
         except (OSError, ValueError) as failed:
             return f"cannot be read: {getattr(failed, 'strerror', None) or failed}"
-        key = path, about.st_size, about.st_mtime_ns
-        if key not in self._read_before:
-            try:
-                self._read_before[key] = read_metadata(path)
-            except DemandportError as refused:
-                self._read_before[key] = refused.message.removeprefix(f"{path} ")
-        return self._read_before[key]
+        version = about.st_size, about.st_mtime_ns
+        before = self._read_before.get(path)
+        if before is not None and before[0] == version:
+            return before[1]
+        found: GgufMetadata | str
+        try:
+            found = read_metadata(path)
+        except DemandportError as refused:
+            found = refused.message.removeprefix(f"{path} ")
+        self._read_before[path] = version, found
+        return found
 
     def _say(self, message: str) -> None:
         if message not in self._said:
@@ -408,7 +415,7 @@ def _near(model: str, entries: list[LibraryEntry]) -> list[str]:
         for known in entry.names:
             by_name.setdefault(known.casefold(), []).append(entry)
     name = model.casefold()[:200]
-    close = get_close_matches(name, by_name, n=_MOST_NAMED)
+    close = get_close_matches(name, list(by_name)[:_MOST_COMPARED], n=_MOST_NAMED)
     within = [known for known in by_name if len(name) > 2 and name in known]
     near = (_exactly(entry, entries) for known in (*close, *within) for entry in by_name[known])
     return list(dict.fromkeys(near))[:_MOST_NAMED]
