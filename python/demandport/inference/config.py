@@ -186,7 +186,7 @@ def _from_text(name: str, text: str, variable: str) -> Any:
     if name == "model_directories":
         return [part for part in text.split(os.pathsep) if part]
     if name == "memory_limit_bytes":
-        if not text.isdigit():
+        if not text.isdecimal():
             raise TypeMismatch(f"{variable} must be a number of bytes, not {text!r}")
         return int(text)
     return text
@@ -220,7 +220,9 @@ def _model(entry: Any, base: Path, place: str) -> ModelSpec:
     with _placed(place):
         spec = ModelSpec.from_options(entry)
     beside = base / spec.model
-    return replace(spec, model=str(beside)) if spec.backend in FILES and beside.is_file() else spec
+    if spec.backend in FILES and beside.is_file():
+        spec = replace(spec, model=str(beside))
+    return spec if spec.mmproj is None else replace(spec, mmproj=str(base / Path(spec.mmproj).expanduser()))
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from demandport.errors import BackendUnavailable, ModelLoadFailed, ModelNotFound, OutOfMemory
+from demandport.errors import BackendUnavailable, ModelLoadFailed, OutOfMemory
 from demandport.inference import caches
 from demandport.inference.backend import Backend, Embeddings, Event, Finished, Operation
 from demandport.inference.config import FILES, TINY, Config, ModelSpec
-from demandport.inference.library import Library, LibraryEntry, tiny_path
+from demandport.inference.library import Library, tiny_path
 from demandport.inference.llama_cpp import LlamaCppBackend, LogSink
 from demandport.inference.replicas import Replicas
 from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest
@@ -76,7 +76,8 @@ class Gateway:
         self.library = Library(self.config.model_directories)
         self._on_log = on_log
         self._entries: dict[ModelKey, _Entry] = {}
-        self._known: dict[str, LibraryEntry] = {}
+        #: Models by the names they were asked for: the library need not be searched each time.
+        self._known: dict[str, _Found] = {}
         self._admitting = asyncio.Lock()
         self._closed = False
 
@@ -164,7 +165,8 @@ class Gateway:
         """Unload a model; False when it is not loaded.
 
         Args:
-            model: a name: that model however it was loaded; or a `model_ref`: the very one, and no other.
+            model: a name: that model however it was loaded; or a `model_ref`: the very one, and no other (of the
+                library, which loads none: the file however it was loaded).
             when_busy: ``refuse``; ``wait`` until it has nothing to do; ``stop``: what it runs ends with
                 `backend_unavailable`.
 
@@ -230,15 +232,16 @@ class Gateway:
 
     def _find(self, spec: ModelSpec) -> _Found:
         """Where the model lies. Blocks."""
-        if spec.model == TINY:
-            return _found(tiny_path(), None)
-        path = Path(spec.model).expanduser()
-        if path.is_absolute() and path.is_file():
-            return _found(path, None)
+        if spec.model == TINY:  # asked for most often
+            path = tiny_path()
+            return _Found(path, _identity(path), path.stat().st_size)
         known = self._known.get(spec.model)
-        if known is None or not known.path.is_file():
-            known = self._known[spec.model] = self.library.resolve(spec.model)
-        return _found(known.path, known)
+        if known is None or not known.path.exists() or _identity(known.path) != known.identity:
+            path = Path(spec.model).expanduser()
+            entry = self.library.resolve(str(path.absolute()) if path.is_file() else spec.model)
+            known = _Found(entry.path, _identity(entry.path), entry.size_bytes, entry.mmproj)
+            self._known[spec.model] = known
+        return known
 
     def _new_entry(self, key: ModelKey, spec: ModelSpec, found: _Found | None, purpose: Operation) -> _Entry:
         make = {"openai": _openai, "ollama": _ollama}.get(spec.backend)
@@ -345,15 +348,12 @@ def _ollama(spec: ModelSpec) -> Backend:
     return OllamaBackend(spec)
 
 
-def _found(path: Path, known: LibraryEntry | None) -> _Found:
+def _identity(path: Path) -> tuple[int, int, int, int]:
     try:
         found = path.stat()
     except OSError as failed:
-        if isinstance(failed, PermissionError):
-            raise ModelLoadFailed(f"{path} cannot be read: {failed.strerror}") from None
-        raise ModelNotFound(f"there is no model {path}; give 'tiny' or the path of a GGUF file") from None
-    identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-    return _Found(path, identity, known.size_bytes if known else found.st_size, known.mmproj if known else None)
+        raise ModelLoadFailed(f"{path} cannot be read: {failed.strerror}") from None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _each(entry: _Entry) -> Sequence[Backend]:
@@ -382,7 +382,7 @@ def _pss(pid: int) -> int:
 def _meant(entry: _Entry, model: str | Mapping[str, Any]) -> bool:
     if isinstance(model, str):
         return model in (entry.id, entry.spec.model, str(entry.path))
-    return bool(model.get("id") == entry.id)
+    return model.get("id") in (entry.id, str(entry.path))
 
 
 def _reference(entry: _Entry) -> dict[str, Any]:

@@ -11,16 +11,15 @@ import hashlib
 import logging
 import os
 import re
-import stat
-import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import llama_cpp
 
-from demandport.errors import Internal, ModelLoadFailed, ModelNotFound, OutOfMemory
+from demandport.errors import Internal, ModelLoadFailed, OutOfMemory
 from demandport.inference.backend import Operation
+from demandport.inference.gguf import read_metadata
 
 DEFAULT_CONTEXT_LENGTH = 4096
 #: Most tokens in one decode. Small chunks let a cancel through soon.
@@ -30,8 +29,6 @@ SHARED_CELLS = 8192
 #: Below this size the cost of waking a second thread is more than what it computes.
 SINGLE_THREAD_BYTES = 16 * 1024 * 1024
 
-_GGUF_VERSIONS = (2, 3)
-_GGUF_HEADER = struct.Struct("<4sIQQ")
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _CONTINUATION = 5
 _FINGERPRINT_BYTES = 1 << 20
@@ -39,35 +36,6 @@ _FINGERPRINT_BYTES = 1 << 20
 #: LoRA adapters: (path, scale) each.
 Adapters = tuple[tuple[str, float], ...]
 _log = logging.getLogger("llama.cpp")
-
-
-def check_file(path: Path) -> None:
-    """Refuse what cannot be a GGUF file before llama.cpp sees it.
-
-    Raises:
-        ModelNotFound: there is no such file.
-        ModelLoadFailed: it is a directory, cannot be read, is too short, or has no header that llama.cpp reads.
-    """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
-            raise ModelLoadFailed(f"{path} is a directory or a device, not a GGUF file")
-        with path.open("rb") as file:
-            header = file.read(_GGUF_HEADER.size)
-            size = os.fstat(file.fileno()).st_size
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelNotFound(f"there is no model file {path}") from None
-    except OSError as failed:
-        raise ModelLoadFailed(f"{path} cannot be read: {failed.strerror}") from None
-    if len(header) < _GGUF_HEADER.size:
-        raise ModelLoadFailed(f"{path} has {size} bytes, which is too short for a GGUF file")
-    magic, version, tensors, pairs = _GGUF_HEADER.unpack(header)
-    if magic != b"GGUF":
-        raise ModelLoadFailed(f"{path} is no GGUF file: it begins with {magic!r}")
-    if version not in _GGUF_VERSIONS:
-        raise ModelLoadFailed(f"{path} has GGUF version {version}; {_GGUF_VERSIONS} can be read")
-    # A tensor's entry takes over 24 bytes and a pair's over 12: counts that cannot fit are not worth an allocation.
-    if tensors * 24 + pairs * 12 > size:
-        raise ModelLoadFailed(f"{path} claims {tensors} tensors and {pairs} pairs, more than its {size} bytes can hold")
 
 
 class _LogRoute:
@@ -121,7 +89,7 @@ class Model:
         progress: called with 0.0 to 1.0 while it loads.
 
     Raises:
-        ModelNotFound, ModelLoadFailed: as `check_file`; or llama.cpp refuses it.
+        ModelNotFound, ModelLoadFailed: as `read_metadata`; or llama.cpp refuses it.
         OutOfMemory: its context finds no memory.
     """
 
@@ -136,7 +104,7 @@ class Model:
         purpose: Operation = "generate",
         progress: Callable[[float], None] | None = None,
     ) -> None:
-        check_file(path)
+        read_metadata(path)  # llama.cpp can be brought down by what it refuses
         self._route = _start_library()
         self.path = path
         self._model: Any = None
@@ -391,7 +359,7 @@ class Model:
         self._applied = adapters
 
     def _load_adapter(self, path: str) -> Any:
-        check_file(Path(path))
+        read_metadata(Path(path))
         self._route.last_error = ""
         handle = llama_cpp.llama_adapter_lora_init(self._model, os.fsencode(path))
         if not handle:

@@ -15,6 +15,7 @@ from demandport.inference.backend import Finished, Progress, ToolCall
 from demandport.inference.config import ModelSpec
 from demandport.inference.gateway import Gateway
 from demandport.inference.requests import GenerateRequest
+from demandport.nodes.library import setting_values
 from demandport.nodes.media import data_url
 
 Prompt = Annotated[str, Port(type="prompt")]
@@ -27,6 +28,8 @@ _PARAMETERS = (
     "repeat_last_n", "frequency_penalty", "presence_penalty", "seed", "stop", "grammar", "json_schema", "logprobs",
     "adapters",
 )  # fmt: skip
+#: Ports of it that say how the model is loaded.
+_LOADING = ("context_length", "gpu_layers", "threads")
 _OUTPUTS = {
     "response": "string",
     "model_path": "string",
@@ -63,25 +66,26 @@ async def llamacpp_inference(
     logprobs: int | None = None,
     adapters: list[Any] | None = None,
     context_length: int | None = None,
-    gpu_layers: int = 0,
+    gpu_layers: int | None = None,
     threads: int | None = None,
-    inference_settings: dict[str, Any] | None = None,
+    inference_settings: Annotated[Any, Port(type="json")] = None,
     kv_cache_in: KvCache | None = None,
 ) -> dict[str, Any]:
     """Generates text with a GGUF model in its own worker process, and streams it.
 
     `model_path` is a file, a name of the model library, or "tiny" for the model that comes with the package.
-    `inference_settings` gives parameters by name, over those of the ports. With no `max_tokens` it is 512, or what the
-    context holds. With `kv_cache_in` the text goes on where that was left. Cancel stops the model before its next
-    token.
+    `inference_settings` gives values by the names of ports, over those of the ports: a map, or a list of settings as
+    puma-lib gives it. With no `max_tokens` it is 512, or what the context holds. With `kv_cache_in` the text goes on
+    where that was left. Cancel stops the model before its next token.
     """
-    parameters = {name: value for name, value in locals().items() if name in _PARAMETERS and value is not None}
-    parameters |= _settings(inference_settings)
+    given = {name: value for name, value in locals().items() if name in (*_PARAMETERS, *_LOADING)}
+    given |= _settings(inference_settings)
+    parameters = {name: value for name, value in given.items() if name in _PARAMETERS and value is not None}
     if messages is None:
         parameters["prompt"] = prompt
     if kv_cache_in is not None:
         parameters["kv_cache"] = kv_cache_in
-    spec = ModelSpec(model_path, context_length=context_length, gpu_layers=gpu_layers, threads=threads)
+    spec = ModelSpec.from_options({"model": model_path} | {name: given[name] for name in _LOADING})
     response, finished = await _generate(ctx, parameters, spec)
     return {
         "response": response,
@@ -320,10 +324,11 @@ def _conversation(prompt: str, messages: list[Any] | None, image: Any) -> dict[s
     return {"messages": [*(messages or []), {"role": "user", "content": content}]}
 
 
-def _settings(settings: dict[str, Any] | None) -> dict[str, Any]:
-    unknown = (settings or {}).keys() - set(_PARAMETERS)
+def _settings(settings: Any) -> dict[str, Any]:
+    """The values of `inference_settings`, all of which must be known."""
+    values = setting_values(settings)
+    unknown = values.keys() - {*_PARAMETERS, *_LOADING}
     if unknown:
-        raise TypeMismatch(
-            f"inference_settings has no {', '.join(sorted(unknown))}; there are {', '.join(_PARAMETERS)}"
-        )
-    return settings or {}
+        known = ", ".join((*_PARAMETERS, *_LOADING))
+        raise TypeMismatch(f"inference_settings has no {', '.join(sorted(unknown))}; there are {known}")
+    return values
