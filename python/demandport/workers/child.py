@@ -8,7 +8,6 @@ set, and a thread that needs no event loop ends the process at end of input, als
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -21,10 +20,10 @@ from demandport.errors import DemandportError
 from demandport.pipes import protect_stdio
 from demandport.wire.codec import MsgpackCodec
 from demandport.wire.framing import MAX_FRAME_BYTES, FrameDecoder, frame
+from demandport.workers.exec import die_with
 
 Message = list[Any]
 
-_PR_SET_PDEATHSIG = 1
 _READ_BYTES = 1 << 16
 #: Exit status of a worker whose service sent something that is no message.
 EXIT_BAD_INPUT = 65
@@ -50,7 +49,7 @@ class Channel:
         max_frame_bytes: int = MAX_FRAME_BYTES,
     ) -> None:
         self._fd_in, self._fd_out = protect_stdio()
-        _die_with(parent_pid)
+        die_with(parent_pid)
         # Ctrl-C goes to the whole foreground group of a terminal; the service decides when its workers end.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with contextlib.suppress(OSError):
@@ -105,11 +104,3 @@ class Channel:
         if self.on_message is not None:
             self.on_message(message)
         self._queue.put(message)
-
-
-def _die_with(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent dies, and end now if the parent is gone already."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_pid:
-        os._exit(0)

@@ -1,45 +1,34 @@
 """The service's side of a worker process: start it, speak frames with it, end it for certain.
 
-Each worker leads a process group of its own, so that one signal reaches whatever it has started, and
-inherits no descriptor of the protocol, so that no grandchild keeps the host waiting.
+A worker inherits no descriptor of the protocol, so that no grandchild keeps the host waiting.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from demandport.errors import DemandportError, Internal
-from demandport.pipes import Reader, Writer
+from demandport.errors import DemandportError
+from demandport.pipes import Writer
 from demandport.wire.codec import MsgpackCodec
 from demandport.wire.framing import MAX_FRAME_BYTES, FrameDecoder, frame
+from demandport.workers.group import ChildProcess, live_children
 
 Message = list[Any]
 
-#: How long a killed process may take until it is reaped; the kernel needs far less.
-REAP_TIMEOUT_S = 5.0
-_READ_BYTES = 1 << 18
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
-_live: set[WorkerProcess] = set()
 
-
-class WorkerProcess:
+class WorkerProcess(ChildProcess):
     """One worker. Made by `spawn`; all methods except `kill` belong to the event loop's thread.
 
     Attributes:
-        name: what messages call it.
-        pid: its process id, which is also its group's.
         ready: it has said ``ready``.
-        exit_reason: None while it runs, then e.g. ``killed by SIGKILL`` or ``exited with status 1``.
     """
 
     def __init__(
@@ -52,27 +41,16 @@ class WorkerProcess:
         ready_timeout_s: float,
         max_frame_bytes: int,
     ) -> None:
-        self.name = name
         self.ready = False
-        self.exit_reason: str | None = None
-        self._on_message, self._on_exit = on_message, on_exit
-        self._loop = asyncio.get_running_loop()
+        self._on_message = on_message
         self._codec = MsgpackCodec()
         self._decoder = FrameDecoder(max_frame_bytes)
-        self._fault: str | None = None
-        self._reaped = False
-        self._signalling = threading.Lock()
-        self._gone = asyncio.Event()
-        self._process, self._fd_out, fd_in = _start(command)
-        self.pid = self._process.pid
-        _live.add(self)
+        process, fd_out, fd_in = _start(command)
+        super().__init__(process, fd_out, name=name, on_exit=on_exit)
         self._writer = Writer(self._loop, fd_in, on_broken=lambda: None)
-        self._reader = Reader(self._loop, self._fd_out, self._feed, on_end=lambda: None)
-        self._reader.start()
         self._ready_timer = self._loop.call_later(
             ready_timeout_s, self._condemn, f"not ready within {ready_timeout_s:g} s"
         )
-        threading.Thread(target=self._reap, name=f"reap-{name}", daemon=True).start()
 
     @classmethod
     def spawn(
@@ -111,11 +89,6 @@ class WorkerProcess:
         )
 
     @property
-    def alive(self) -> bool:
-        """It has not been found dead yet, and has not been condemned."""
-        return self.exit_reason is None and self._fault is None
-
-    @property
     def pending_bytes(self) -> int:
         """Bytes queued for the worker that the pipe has not taken yet."""
         return self._writer.pending_bytes
@@ -128,31 +101,10 @@ class WorkerProcess:
         """
         self._writer.write(frame(self._codec.encode(message)))
 
-    def kill(self) -> None:
-        """Kill the worker and all it has started, with SIGKILL. From any thread; harmless when it is gone."""
-        self._signal(signal.SIGKILL)
-
     async def stop(self, grace_s: float = 1.0) -> None:
-        """End the worker and return once it is reaped: end of input and SIGTERM, after `grace_s` SIGKILL.
-
-        A cancelled caller leaves a worker that is killed.
-
-        Raises:
-            Internal: the process cannot be reaped even so.
-        """
+        """End the worker as `ChildProcess.stop` does, beginning with the end of its input."""
         self._writer.close()
-        self._signal(signal.SIGTERM)
-        try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(grace_s):
-                    await self._gone.wait()
-        finally:
-            self.kill()
-        try:
-            async with asyncio.timeout(REAP_TIMEOUT_S):
-                await self._gone.wait()
-        except TimeoutError:
-            raise Internal(f"worker {self.name} (pid {self.pid}) does not end after SIGKILL") from None
+        await super().stop(grace_s)
 
     def _feed(self, data: bytes) -> None:
         if self._fault is not None:
@@ -169,64 +121,26 @@ class WorkerProcess:
             self._ready_timer.cancel()
         self._on_message(message)
 
-    def _condemn(self, fault: str) -> None:
-        if self._fault is None and self.exit_reason is None:
-            self._fault = fault
-            self.kill()
-
-    def _signal(self, number: int) -> None:
-        # The lock keeps the id from being reaped, and so from being another process's, between look and signal.
-        with self._signalling:
-            if not self._reaped:
-                _signal_group(self.pid, number)
-
-    def _reap(self) -> None:
-        """Wait for the end on a thread of its own; the rest of the group goes before the id is given free."""
-        if hasattr(os, "waitid"):
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        else:  # pragma: no cover - no waitid on macOS before Python 3.13
-            self._process.wait()
-        with self._signalling:
-            _signal_group(self.pid, signal.SIGKILL)
-            status = self._process.wait()
-            self._reaped = True
-        _live.discard(self)
-        # The loop may have ended before its workers: then nobody waits for the news.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._exited, _reason(status))
-
-    def _exited(self, reason: str) -> None:
-        self._drain()
+    def _ended(self) -> None:
         self._ready_timer.cancel()
-        self._reader.close()
         self._writer.close()
-        self.exit_reason = f"{self._fault} ({reason})" if self._fault else reason
-        self._gone.set()
-        self._on_exit(self.exit_reason)
-
-    def _drain(self) -> None:
-        """Hand over what the worker managed to write before its end; a grandchild's open end is not waited
-        for."""
-        with contextlib.suppress(OSError):
-            while data := os.read(self._fd_out, _READ_BYTES):
-                self._feed(data)
 
 
 def kill_all() -> None:
-    """Kill every worker with its group, and whatever else this process has started, at once. From any thread; the last
+    """Kill every child with its group, and whatever else this process has started, at once. From any thread; the last
     thing before an exit."""
-    for worker in list(_live):
-        worker.kill()
+    for child in live_children():
+        child.kill()
     import psutil
 
-    for child in psutil.Process().children(recursive=True):
+    for left in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            child.kill()
+            left.kill()
 
 
-def live_workers() -> list[WorkerProcess]:
-    """The workers that are not reaped yet."""
-    return list(_live)
+def live_workers() -> list[ChildProcess]:
+    """The workers, and the programs that serve as such, that are not reaped yet."""
+    return live_children()
 
 
 def _start(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], int, int]:
@@ -253,17 +167,3 @@ def _start(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], int, int]:
         os.close(child_in)
         os.close(child_out)
     return process, our_in, our_out
-
-
-def _signal_group(group: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS answers EPERM for a zombie's group
-        os.killpg(group, number)
-
-
-def _reason(status: int) -> str:
-    if status >= 0:
-        return f"exited with status {status}"
-    try:
-        return f"killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"killed by signal {-status}"

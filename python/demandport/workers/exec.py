@@ -1,0 +1,47 @@
+"""Becomes another program that cannot outlive the service: ``exec.py PARENT_PID -- program arguments…``.
+
+It runs for each start of such a program, so it imports next to nothing; it is also imported for `die_with`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+#: Exit status when the program cannot be run, as a shell's.
+EXIT_NOT_RUN = 127
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent dies (Linux), and end now if the parent is gone already. It
+    holds across exec."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os._exit(0)
+
+
+def main(arguments: list[str]) -> None:
+    """Become the program; does not return.
+
+    Python ignores some signals, and what a process ignores the next program ignores too: each gets its default.
+    """
+    parent_pid, separator, *command = arguments
+    assert separator == "--" and command
+    die_with(int(parent_pid))
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    try:
+        os.execv(command[0], command)
+    except OSError as failed:
+        print(f"error: {command[0]} cannot be run: {failed.strerror}", file=sys.stderr, flush=True)
+        os._exit(EXIT_NOT_RUN)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
