@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,8 +19,10 @@ import pytest
 from demandport import errors
 from demandport.inference.backend import Finished, TextChunk
 from demandport.inference.config import ModelSpec
+from demandport.inference.llama_server import LlamaServerBackend
 from demandport.inference.openai import OpenAIBackend
-from demandport.inference.requests import EmbedRequest, GenerateRequest
+from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest
+from demandport.workers.process import kill_all, live_workers
 from support import ROOT
 
 pytest.importorskip("llama_cpp.server.app")
@@ -26,6 +31,7 @@ pytestmark = pytest.mark.skipif(not TINY.exists(), reason="the tiny model has no
 LIMIT_S = 120.0
 KEY = "sk-for-this-test"
 ENDLESS = "Tell me a very long story."
+LONG = "root ::= [a-z ]{450}"
 
 
 def run(coroutine):
@@ -182,3 +188,146 @@ def test_leaving_early_frees_the_server_for_the_next(monkeypatch, openai_url):
             await collect(backend, deadline_ms=1)
 
     with_openai(body, monkeypatch, openai_url)
+
+
+# ----------------------------------------------------------------------------------------------- llama-server
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"legs": {"type": "integer"}},
+    "required": ["legs"],
+    "additionalProperties": False,
+}
+needs_binary = pytest.mark.skipif("LLAMA_SERVER" not in os.environ, reason="LLAMA_SERVER names no binary")
+
+
+def with_llama_server(body, path=TINY, purpose=None, **options):
+    spec = ModelSpec(
+        "tiny", "llama-server", binary=os.environ["LLAMA_SERVER"], context_length=512, threads=1, **options
+    )
+
+    async def main():
+        backend = LlamaServerBackend(spec, path, purpose=purpose)
+        try:
+            await body(backend)
+        finally:
+            await backend.close()
+
+    try:
+        run(main())
+        assert live_workers() == []
+    finally:
+        kill_all()
+
+
+@needs_binary
+def test_llama_server_streams_and_honours_its_own_parameters():
+    async def body(backend):
+        assert (await backend.load())["context_length"] == 512
+        texts, end = await collect(backend, temperature=0, max_tokens=20)
+        assert "cat" in "".join(texts).lower()
+        assert end.usage.completion_tokens == 20
+        again, end = await collect(backend, temperature=0, max_tokens=20, logprobs=0)
+        assert again == texts
+        assert end.usage.cached_tokens > 0
+        assert "".join(entry["token"] for entry in end.logprobs) == "".join(texts)
+        assert all(entry["top"] == [] for entry in end.logprobs)
+        _, end = await collect(backend, prompt="Cats are", raw=True, max_tokens=3, logprobs=2)
+        assert all(len(entry["top"]) == 2 for entry in end.logprobs)
+        only_one, _ = await collect(backend, top_k=1, temperature=5, max_tokens=20, min_p=0, repeat_penalty=1)
+        assert only_one == texts
+        await collect(backend, repeat_penalty=1.5, repeat_last_n=-1, max_tokens=5)
+
+    with_llama_server(body)
+
+
+@needs_binary
+def test_llama_server_follows_grammar_and_schema_and_repeats_a_drawn_seed():
+    async def body(backend):
+        texts, end = await collect(backend, grammar='root ::= "dogs" | "bees"')
+        assert ("".join(texts) in ("dogs", "bees"), end.finish_reason) == (True, "stop")
+        texts, end = await collect(backend, json_schema=SCHEMA, temperature=0, max_tokens=60)
+        assert end.finish_reason == "length" or isinstance(json.loads("".join(texts))["legs"], int)
+        assert "".join(texts).replace(" ", "").replace("\n", "").startswith('{"legs":')
+        first, end = await collect(backend, temperature=1, max_tokens=20)
+        assert (await collect(backend, temperature=1, max_tokens=20, seed=end.seed))[0] == first
+        with pytest.raises(errors.TypeMismatch, match="grammar"):
+            await collect(backend, grammar="root ::= (")
+        with pytest.raises(errors.ContextOverflow, match="512"):
+            await collect(backend, prompt="cats " * 2000)
+        with pytest.raises(errors.BackendUnavailable, match="images"):
+            image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+            await collect(backend, prompt=None, messages=[{"role": "user", "content": [image]}])
+
+    with_llama_server(body)
+
+
+@needs_binary
+def test_llama_server_runs_several_at_once_and_frees_what_is_left_early():
+    async def body(backend):
+        alone, _ = await collect(backend, temperature=0, max_tokens=40)
+        for _ in range(5):
+            events = backend.generate(GenerateRequest(prompt=ENDLESS, grammar=LONG))
+            assert await anext(events)
+            await events.aclose()
+        together = await asyncio.gather(*(collect(backend, temperature=0, max_tokens=40) for _ in range(8)))
+        assert all(end.finish_reason == "length" for _, end in together)
+        assert all(texts[0] == alone[0] for texts, _ in together)
+
+    with_llama_server(body)
+
+
+@needs_binary
+def test_llama_server_killed_in_mid_stream_is_started_again():
+    async def body(backend):
+        # More than it computes at once, so that some cannot have ended when it is killed.
+        running = [asyncio.create_task(collect(backend, prompt=ENDLESS, grammar=LONG)) for _ in range(12)]
+        while backend.health().state != "ready":
+            await asyncio.sleep(0.005)
+        os.kill(backend.health().os_pid, signal.SIGKILL)
+        results = await asyncio.gather(*running, return_exceptions=True)
+        assert any(isinstance(result, errors.WorkerCrash) for result in results)
+        assert all(isinstance(result, errors.WorkerCrash | tuple) for result in results)
+        assert (await collect(backend, max_tokens=3))[1].finish_reason == "length"
+        assert backend.health().restarts == 1
+
+    with_llama_server(body)
+
+
+@needs_binary
+def test_llama_server_embeds_and_reranks_in_servers_of_their_own():
+    async def embeds(backend):
+        found = await backend.embed(EmbedRequest(("cats", "cats", "dogs are large")))
+        assert (len(found.vectors), found.dimensions) == (3, 96)
+        vectors = [memoryview(vector).cast("f").tolist() for vector in found.vectors]
+        assert vectors[0] == pytest.approx(vectors[1], abs=1e-4)
+        assert vectors[0] != pytest.approx(vectors[2], abs=1e-2)
+        assert sum(number * number for number in vectors[2]) == pytest.approx(1, abs=1e-4)
+        with pytest.raises(errors.ContextOverflow):
+            await backend.embed(EmbedRequest(("cats " * 2000,)))
+
+    async def unpooled(backend):
+        with pytest.raises(errors.TypeMismatch, match="Pooling"):
+            await backend.embed(EmbedRequest(("cats",)))
+
+    async def reranks(backend):
+        scores = await backend.rerank(RerankRequest("cats", ("cats", "dogs", "bees")))
+        assert len(scores) == 3 == len(set(scores))
+        back = await backend.rerank(RerankRequest("cats", ("bees", "dogs", "cats")))
+        assert scores[::-1] == pytest.approx(back, abs=1e-2)
+
+    with_llama_server(embeds, purpose="embed", arguments=("--pooling", "mean"))
+    with_llama_server(unpooled, purpose="embed")
+    with_llama_server(reranks, purpose="rerank")
+
+
+@needs_binary
+def test_llama_server_says_why_it_cannot_load(tmp_path):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(TINY.read_bytes()[:100_000])
+
+    async def body(backend):
+        with pytest.raises(errors.ModelLoadFailed, match="error loading model"):
+            await backend.load()
+
+    with_llama_server(body, path=broken)
