@@ -13,6 +13,7 @@ from demandport.inference.backend import (
     Embeddings,
     Event,
     Finished,
+    FinishReason,
     TextChunk,
     ToolCall,
     Usage,
@@ -24,14 +25,20 @@ class ScriptedBackend:
     """Answers each generation with the next of its answers, the last one again and again.
 
     Args:
-        answers: texts, or tool calls, or functions from the request to one of these.
+        answers: texts, or tool calls (one, or a tuple of them), or functions from the request to one of these, which
+            may raise.
         vision: it takes images.
+        reason: why a text has ended.
+        honours: the parameters that it honours; None: all.
     """
 
     kind = "scripted"
 
-    def __init__(self, *answers: Any, vision: bool = False) -> None:
-        self.answers, self.vision = list(answers), vision
+    def __init__(
+        self, *answers: Any, vision: bool = False, reason: FinishReason = "stop", honours: set[str] | None = None
+    ) -> None:
+        self.answers, self.vision, self.reason = list(answers), vision, reason
+        self.honours = {field.name for field in fields(GenerateRequest)} if honours is None else honours
         self.asked: list[GenerateRequest] = []
         self.info: dict[str, Any] = {}
         self.closed = False
@@ -44,15 +51,16 @@ class ScriptedBackend:
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if callable(answer):
             answer = answer(request)
-        if isinstance(answer, ToolCall):
-            yield Finished("tool_calls", Usage(3, 2), tool_calls=(answer,), model="scripted-1")
+        if isinstance(answer, ToolCall | tuple):
+            calls = answer if isinstance(answer, tuple) else (answer,)
+            yield Finished("tool_calls", Usage(3, 2), tool_calls=calls, model="scripted-1")
             return
         for piece in (answer[:2], answer[2:]):
             if on_text is not None:
                 on_text(piece)
             else:
                 yield TextChunk(piece)
-        yield Finished("stop", Usage(3, 2), model="scripted-1")
+        yield Finished(self.reason, Usage(3, 2), model="scripted-1")
 
     async def embed(self, request: EmbedRequest) -> Embeddings:
         vectors = [struct.pack("<2f", len(text), 1.0) for text in request.texts]
@@ -65,8 +73,7 @@ class ScriptedBackend:
         return self.info
 
     def capabilities(self) -> Capabilities:
-        parameters = frozenset(field.name for field in fields(GenerateRequest))
-        return Capabilities(frozenset({"generate", "embed", "rerank"}), parameters, self.vision)
+        return Capabilities(frozenset({"generate", "embed", "rerank"}), frozenset(self.honours), self.vision)
 
     def health(self) -> BackendHealth:
         return BackendHealth("closed" if self.closed else "ready", 0)

@@ -370,7 +370,7 @@ def family(pid: int) -> list[psutil.Process]:
 
 def gone(processes: Sequence[psutil.Process], timeout_s: float = END_S) -> bool:
     """Whether all of these processes end in time. Those that do not are killed."""
-    if _eventually(lambda: not any(map(lives, processes)), timeout_s):
+    if eventually(lambda: not any(map(lives, processes)), timeout_s):
         return True
     kill(processes)
     return False
@@ -405,11 +405,12 @@ def settle(process: psutil.Process) -> int:
         calm = calm + 1 if process.status() == psutil.STATUS_SLEEPING and spent == before else 0
         return calm == 20
 
-    assert _eventually(look, TIMEOUT_S), "it does not come to rest"
+    assert eventually(look, TIMEOUT_S), "it does not come to rest"
     return peak
 
 
-def _eventually(condition: Callable[[], bool], timeout_s: float) -> bool:
+def eventually(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether a condition comes to hold in time."""
     end = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > end:
