@@ -368,7 +368,7 @@ async def last_line_without_end(exchange):
 
 @with_script(last_line_without_end)
 async def last_line(backend, server):
-    assert (await collect(backend, seed=1)) == ("Cats", Finished("stop", Usage(0, 0), 1))
+    assert (await collect(backend, seed=1)) == ("Cats", Finished("stop", Usage(0, 0), 1, model="cats"))
 
 
 def test_the_last_line_may_have_no_end():

@@ -61,6 +61,8 @@ _ERROR_BYTES = 64 << 10
 _ERROR_CHARACTERS = 500
 # Parsing more than this would hold up the loop.
 _PARSE_ON_THREAD_BYTES = 1 << 20
+#: What reading a JSON value of another shape than expected raises.
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
 _OVERFLOW = (
     "context_length_exceeded",
@@ -245,11 +247,14 @@ class HttpServer:
             if len(body) > _ERROR_BYTES:
                 break
         after_s = _retry_after_s(response.headers.get("Retry-After"))
-        error = self.failure(status, _json_or_text(body[:_ERROR_BYTES]), path, after_s)
+        return self.failure(status, _json_or_text(body[:_ERROR_BYTES]), path, after_s)
+
+    def failure(self, status: int, said: Any, path: str, after_s: float | None = None) -> Exception:
+        """What to raise for an HTTP status and what the server said with it, be it in the body or within a stream."""
+        error = self._error(status, said, path, after_s)
         return Again(error, after_s) if status in _TRANSIENT and not isinstance(error, ContextOverflow) else error
 
-    def failure(self, status: int, said: Any, path: str, after_s: float | None = None) -> DemandportError:
-        """The error for an HTTP status and what the server said with it: OpenAI's error object, or one like it."""
+    def _error(self, status: int, said: Any, path: str, after_s: float | None) -> DemandportError:
         message, code = _error_text(said)
         message, details = self._shown(message) or f"HTTP status {status}", {"status": status}
         if after_s is not None:

@@ -26,7 +26,7 @@ from demandport.inference.backend import (
     Usage,
 )
 from demandport.inference.config import OLLAMA_URL, ModelSpec
-from demandport.inference.http import Again, HttpServer, ServerBackend, display_host
+from demandport.inference.http import MALFORMED, Again, HttpServer, ServerBackend, display_host
 from demandport.inference.openai import embeddings, packed
 from demandport.inference.requests import MAX_SEED, EmbedRequest, GenerateRequest, RerankRequest, wrong
 from demandport.inference.sse import Lines
@@ -133,7 +133,7 @@ class OllamaBackend(ServerBackend):
         if request.images:
             await self._require_vision()
         await self._remember()
-        lines, reply = Lines(), _Reply(request, self._server, seed)
+        lines, reply = Lines(), _Reply(request, self._server, self.spec.model, seed)
         path = "api/generate" if request.raw else "api/chat"
         async with aclosing(self._server.stream(path, body, _MEDIA_TYPES)) as chunks:
             async for chunk in chunks:
@@ -156,7 +156,7 @@ class OllamaBackend(ServerBackend):
             )
             usage = Usage(int(found.get("prompt_eval_count") or 0), 0)
             return embeddings(vectors, len(request.texts), usage, found.get("model"))
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except MALFORMED:
             raise BackendUnavailable(f"{self.name} answers api/embed with what is not one vector per text") from None
 
     async def _rerank(self, request: RerankRequest) -> list[float]:
@@ -183,7 +183,7 @@ class OllamaBackend(ServerBackend):
     def _models(self, answer: Any) -> list[dict[str, Any]]:
         try:
             return [dict(model) for model in answer["models"]]
-        except (KeyError, TypeError, ValueError):
+        except MALFORMED:
             raise BackendUnavailable(f"{self.name} answers with what is no list of models") from None
 
     def _keep_alive(self) -> dict[str, Any]:
@@ -199,10 +199,10 @@ class OllamaBackend(ServerBackend):
 class _Reply:
     """What the lines of one answer have said so far."""
 
-    def __init__(self, request: GenerateRequest, server: HttpServer, seed: int) -> None:
-        self._raw, self._server, self._seed = request.raw, server, seed
+    def __init__(self, request: GenerateRequest, server: HttpServer, model: str, seed: int) -> None:
+        self._raw, self._server, self._seed, self._model = request.raw, server, seed, model
         self._calls: list[ToolCall] = []
-        self._last: dict[str, Any] | None = None
+        self._end: Finished | None = None
 
     def read(self, line: bytes) -> list[Event]:
         """The events of one line; an empty line has none."""
@@ -214,7 +214,7 @@ class _Reply:
                 # Ollama tells no status within a stream.
                 raise self._server.failure(500, found, "its answer")
             return self._read(found)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except MALFORMED:
             raise BackendUnavailable(f"{self._server.name} streams what is no line of an answer") from None
 
     def finished(self) -> Finished:
@@ -223,20 +223,9 @@ class _Reply:
         Raises:
             Again: the stream ended before the answer did.
         """
-        last = self._last
-        if last is None:
+        if self._end is None:
             raise Again(BackendUnavailable(f"{self._server.name} broke off in the middle of the answer"))
-        # What lies in its prompt cache, Ollama leaves out of the count, or the count out of the answer.
-        usage = Usage(int(last.get("prompt_eval_count") or 0), int(last.get("eval_count") or 0))
-        calls = tuple(self._calls)
-        reason = last.get("done_reason")
-        return Finished(
-            "tool_calls" if calls else "length" if reason == "length" else "stop",
-            usage,
-            self._seed,
-            calls,
-            model=last.get("model"),
-        )
+        return self._end
 
     def _read(self, found: dict[str, Any]) -> list[Event]:
         message = {} if self._raw else found.get("message") or {}
@@ -245,12 +234,24 @@ class _Reply:
             function = call["function"]
             id = call.get("id") or f"call_{secrets.token_hex(4)}"
             arguments = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
-            self._calls.append(ToolCall(str(id), function["name"], arguments))
+            self._calls.append(ToolCall(str(id), str(function["name"]), arguments))
         if found.get("done"):
-            self._last = found
+            self._end = self._ended(found)
         if text and not isinstance(text, str):
             raise TypeError("not a text")
         return [TextChunk(text)] if text else []
+
+    def _ended(self, last: dict[str, Any]) -> Finished:
+        # What lies in its prompt cache, Ollama leaves out of the count, or the count out of the answer.
+        usage = Usage(int(last.get("prompt_eval_count") or 0), int(last.get("eval_count") or 0))
+        calls, reason = tuple(self._calls), last.get("done_reason")
+        return Finished(
+            "tool_calls" if calls else "length" if reason == "length" else "stop",
+            usage,
+            self._seed,
+            calls,
+            model=str(last.get("model") or self._model),
+        )
 
 
 def _named(model: str, models: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -330,5 +331,5 @@ def _call(call: Any, called: dict[str, str]) -> dict[str, Any]:
         called[str(id)] = function["name"]
         made = {"function": {"name": function["name"], "arguments": arguments}}
         return made | ({"id": id} if id else {})
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except MALFORMED:
         raise wrong("messages", "has a tool call without a name, or whose arguments are no JSON") from None

@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any, NoReturn
 
-from demandport.errors import BackendUnavailable, DemandportError, Forbidden, TooLarge
+from demandport.errors import BackendUnavailable, Forbidden, TooLarge
 from demandport.inference.backend import (
     Capabilities,
     Embeddings,
@@ -30,7 +30,7 @@ from demandport.inference.backend import (
     Usage,
 )
 from demandport.inference.config import ModelSpec
-from demandport.inference.http import Again, HttpServer, ServerBackend, display_host
+from demandport.inference.http import MALFORMED, Again, HttpServer, ServerBackend, display_host
 from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest, wrong
 from demandport.inference.sse import EventStream
 
@@ -153,7 +153,7 @@ class OpenAIClient:
             results = found["results"] if isinstance(found, dict) else found
             scores = {result["index"]: float(result.get("relevance_score", result.get("score"))) for result in results}
             return [scores[index] for index in range(len(documents))]
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except MALFORMED:
             raise BackendUnavailable(f"{self._server.name} answers rerank with what is no score per document") from None
 
     async def models(self) -> list[str]:
@@ -161,7 +161,7 @@ class OpenAIClient:
         found = await self._server.ask("GET", "models")
         try:
             return [str(model["id"]) for model in found["data"][:_MODELS_SHOWN]]
-        except (KeyError, TypeError):
+        except MALFORMED:
             raise BackendUnavailable(f"{self._server.name} answers models with what is no list of them") from None
 
     async def close(self) -> None:
@@ -174,7 +174,7 @@ class OpenAIClient:
             vectors = [packed(_numbers(entry["embedding"]), normalize=request.normalize) for entry in entries]
             usage = Usage(int((found.get("usage") or {}).get("prompt_tokens") or 0), 0)
             return embeddings(vectors, len(request.texts), usage, found.get("model"))
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+        except MALFORMED:
             raise BackendUnavailable(
                 f"{self._server.name} answers embeddings with what is not one vector per text; does it pool?"
             ) from None
@@ -199,7 +199,7 @@ class _Answer:
             if "error" in chunk:
                 self._failed(chunk)
             return self._read(chunk)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        except MALFORMED:
             raise BackendUnavailable(f"{self._server.name} streams what is no chunk of an answer") from None
 
     def finished(self) -> Finished:
@@ -218,15 +218,18 @@ class _Answer:
     def _failed(self, chunk: dict[str, Any]) -> NoReturn:
         said = chunk["error"]
         status = said.get("code") if isinstance(said, dict) else None
-        error: DemandportError = self._server.failure(status if isinstance(status, int) else 500, chunk, self._path)
-        raise error
+        raise self._server.failure(status if isinstance(status, int) else 500, chunk, self._path)
 
     def _read(self, chunk: dict[str, Any]) -> list[Event]:
         found: list[Event] = []
-        self._model = chunk.get("model") or self._model
+        self._model = _text(chunk.get("model") or "") or self._model
         if usage := chunk.get("usage"):
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-            self._usage = Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0), cached)
+            self._usage = Usage(
+                int(usage["prompt_tokens"]),
+                int(usage.get("completion_tokens") or 0),
+                None if cached is None else int(cached),
+            )
         if progress := chunk.get("prompt_progress"):
             found.append(Progress(int(progress["processed"]), int(progress["total"]), "prompt_tokens"))
         for choice in (chunk.get("choices") or ())[:1]:
@@ -238,7 +241,7 @@ class _Answer:
                 self._call(call)
             if choice.get("logprobs") and self._request.logprobs is not None:
                 self._logprobs += _logprobs(choice["logprobs"], self._request.logprobs)
-            self._reason = choice.get("finish_reason") or self._reason
+            self._reason = _text(choice.get("finish_reason") or "") or self._reason
         return found
 
     def _call(self, delta: dict[str, Any]) -> None:
