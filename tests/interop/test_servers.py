@@ -226,7 +226,7 @@ def test_llama_server_streams_and_honours_its_own_parameters():
         assert (await backend.load())["context_length"] == 512
         texts, end = await collect(backend, temperature=0, max_tokens=20)
         assert "cat" in "".join(texts).lower()
-        assert end.usage.completion_tokens == 20
+        assert (end.usage.completion_tokens, end.model) == (20, "tiny")
         again, end = await collect(backend, temperature=0, max_tokens=20, logprobs=0)
         assert again == texts
         assert end.usage.cached_tokens > 0

@@ -413,7 +413,7 @@ def _flags(spec: ModelSpec, path: Path, mmproj: Path | None, purpose: Operation)
     context = spec.context_length or DEFAULT_CONTEXT
     slots = _slots(spec.arguments)
     # It shares its context out among the slots.
-    flags = ["--model", str(path), "--host", "127.0.0.1", "--port", "0", "--no-webui"]
+    flags = ["--model", str(path), "--host", "127.0.0.1", "--port", "0", "--alias", spec.model, "--no-webui"]
     flags += ["--parallel", str(slots), "--ctx-size", str(context * slots)]
     # A number beyond any model's means all; older servers know no word for it.
     flags += ["--n-gpu-layers", "999" if spec.gpu_layers < 0 else str(spec.gpu_layers)]
