@@ -98,7 +98,8 @@ class ChildProcess:
     def _ended(self) -> None:
         """It is reaped, and this was all of its output."""
 
-    def _condemn(self, fault: str) -> None:
+    def condemn(self, fault: str) -> None:
+        """Kill it for a fault of its own, which `exit_reason` then names; harmless when it is gone."""
         if self._fault is None and self.exit_reason is None:
             self._fault = fault
             self.kill()

@@ -49,7 +49,7 @@ class WorkerProcess(ChildProcess):
         super().__init__(process, fd_out, name=name, on_exit=on_exit)
         self._writer = Writer(self._loop, fd_in, on_broken=lambda: None)
         self._ready_timer = self._loop.call_later(
-            ready_timeout_s, self._condemn, f"not ready within {ready_timeout_s:g} s"
+            ready_timeout_s, self.condemn, f"not ready within {ready_timeout_s:g} s"
         )
 
     @classmethod
@@ -113,7 +113,7 @@ class WorkerProcess(ChildProcess):
             for payload in self._decoder.feed(data):
                 self._dispatch(self._codec.decode(payload))
         except DemandportError as failed:
-            self._condemn(f"sent what is no message: {failed.message}")
+            self.condemn(f"sent what is no message: {failed.message}")
 
     def _dispatch(self, message: Message) -> None:
         if message[0] == "ready" and not self.ready:
