@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("llama_cpp")
+import batching
+from batching import decodes
 from demandport.inference.library import tiny_path
 from demandport.inference.requests import GenerateRequest
+from demandport.llama.cells import WORTH_COPYING
 from demandport.llama.model import Model
-from demandport.llama.scheduler import Scheduler
+from support import count
 
 PROMPTS = [
     "Tell me about cats.",
@@ -32,37 +37,17 @@ def model() -> Iterator[Model]:
     found.close()
 
 
-class Bench:
-    """A scheduler, and what it has said of each request."""
+class Bench(batching.Bench):
+    """Prompts by number, as chats; most of `PROMPTS`."""
 
-    def __init__(self, model: Model) -> None:
-        self.said: dict[int, list[list[Any]]] = {}
-        self.scheduler = Scheduler(model, lambda message: self.said.setdefault(message[1], []).append(message))
+    def __init__(self, model: Model, chunk: int | None = None) -> None:
+        super().__init__(model, chunk)
         self.asked: dict[int, int] = {}
 
     def submit(self, id: int, prompt: int, tokens: int = 25, **parameters: Any) -> None:
         self.asked[id] = prompt
         options = {"prompt": PROMPTS[prompt], "max_tokens": tokens, "temperature": 0} | parameters
         self.scheduler.submit(id, GenerateRequest.from_options(options))
-
-    def run(self, steps: int = 10_000) -> None:
-        while steps and self.scheduler.step():
-            steps -= 1
-
-    def text(self, id: int) -> str:
-        return "".join(message[2] for message in self.said.get(id, []) if message[0] == "chunk")
-
-    def end(self, id: int) -> str:
-        """How it ended; exactly once, with nothing after it."""
-        kinds = [message[0] for message in self.said[id]]
-        assert kinds[-1] in ("done", "error") and not {"done", "error"} & set(kinds[:-1])
-        return str(kinds[-1])
-
-    def is_empty(self) -> bool:
-        """Every slot and every cell is free again."""
-        scheduler = self.scheduler
-        free = len(scheduler._cells.free), scheduler._cells.free_cells
-        return free == (scheduler._model.sequences, scheduler._model.cells) and not scheduler.busy
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +93,7 @@ def test_nobody_else_changes_what_is_generated(model: Model, alone: Any, actions
         if bench.end(id) == "done":
             assert bench.text(id) == alone(prompt)
         else:
-            assert id in cancelled and alone(prompt).startswith(bench.text(id))
+            assert bench.end(id) == "cancelled" and id in cancelled and alone(prompt).startswith(bench.text(id))
 
 
 def test_a_seed_gives_the_same_in_any_company(model: Model, alone: Any) -> None:
@@ -120,15 +105,11 @@ def test_a_seed_gives_the_same_in_any_company(model: Model, alone: Any) -> None:
 
 
 def test_several_run_in_one_decode(model: Model) -> None:
-    bench, sizes = Bench(model), []
-    decode = model.decode
-    model.decode = lambda: sizes.append(model.batch.size) or decode()  # type: ignore[method-assign, func-returns-value]
-    try:
+    bench = Bench(model)
+    with decodes(model) as sizes:
         for id in range(1, 6):
             bench.submit(id, 1, tokens=10)
         bench.run()
-    finally:
-        del model.decode
     assert sizes.count(SEQUENCES) >= 9 and len(sizes) < 5 * 10
     assert all(bench.end(id) == "done" for id in range(1, 6)) and bench.is_empty()
 
@@ -153,16 +134,12 @@ def test_a_context_for_many_brings_no_warning(caplog: pytest.LogCaptureFixture) 
 
 
 def test_a_prompt_that_has_begun_before_is_computed_from_there(model: Model, alone: Any) -> None:
-    bench, sizes = Bench(model), []
-    decode = model.decode
-    model.decode = lambda: sizes.append(model.batch.size) or decode()  # type: ignore[method-assign, func-returns-value]
-    try:
+    bench = Bench(model)
+    with decodes(model) as sizes:
         for id in (1, 2):
             bench.submit(id, 3, tokens=1)
             bench.run()
             sizes.append(0)
-    finally:
-        del model.decode
     first, second = sizes[: sizes.index(0)], sizes[sizes.index(0) + 1 : -1]
     assert sum(first) > 200 and sum(second) == 1
     assert bench.text(1) == bench.text(2) and alone(3).startswith(bench.text(2)) and bench.is_empty()
@@ -197,3 +174,339 @@ def test_what_is_left_in_cells_makes_room(monkeypatch: pytest.MonkeyPatch) -> No
         assert bench.said[3][-1][2]["usage"]["completion_tokens"] > 300
     finally:
         model.close()
+
+
+# ----------------------------------------------------------------------------------- shared beginnings, in company
+
+
+OWLS = "Tell me about owls and where they live. " * 30
+CATS = "Cats sleep all day and hunt at night. " * 25
+THEN = " there was a small owl who"
+#: Prompts without a template that share long beginnings; whole ones, parts of them, and other ends.
+FAMILIES = [
+    *(text[:end] + rest for text in (OWLS, CATS) for end in (150, 300, 340, 450) for rest in ("", THEN)),
+    "Once upon a time",
+    "",
+]
+#: Slots, cells that they share, and the most for one: for one alone, too few for all, enough for all.
+SIZES = [(1, 256, 256), (2, 512, 256), (3, 768, 256), (5, 512, 256), (16, 1024, 256)]
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[Callable[[tuple[int, int, int]], Model]]:
+    """A model of each size, loaded once."""
+    loaded: dict[tuple[int, int, int], Model] = {}
+
+    def found(size: tuple[int, int, int]) -> Model:
+        if size not in loaded:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("demandport.llama.model.SHARED_CELLS", size[1])
+                loaded[size] = Model(tiny_path(), sequences=size[0], context_length=size[2])
+        return loaded[size]
+
+    yield found
+    for model in loaded.values():
+        model.close()
+
+
+@pytest.fixture(scope="module")
+def family_alone(models: Any) -> Any:
+    """The text of a prompt of `FAMILIES` when nothing else runs, of some seed or greedy."""
+
+    @cache
+    def text(prompt: int, seed: int | None = None) -> str:
+        bench = batching.Bench(models(SIZES[0]))
+        bench.raw(1, FAMILIES[prompt], 12, **chance(seed))
+        bench.run()
+        assert bench.end(1) == "done" and bench.is_empty()
+        return bench.text(1)
+
+    return text
+
+
+def chance(seed: int | None) -> dict[str, Any]:
+    return {} if seed is None else {"seed": seed, "temperature": 1.2}
+
+
+COMPANY = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("submit"),
+            st.integers(0, len(FAMILIES) - 1),
+            st.sampled_from([None, None, 3, 4]),
+            st.fixed_dictionaries(
+                {"priority": st.sampled_from([0, 0, 0, 5, -5])},
+                optional={"deadline_ms": st.sampled_from([10, 30]), "logprobs": st.just(2)},
+            ),
+        ),
+        st.tuples(st.sampled_from(["cancel", "cancel from elsewhere"]), st.integers(1, 12)),
+        st.tuples(st.just("steps"), st.integers(1, 12)),
+        st.tuples(st.just("time"), st.integers(1, 20)),
+    ),
+    min_size=4,
+    max_size=24,
+)
+
+
+@settings(max_examples=count(150, 5000))
+@given(company=COMPANY, size=st.sampled_from(SIZES), chunk=st.sampled_from([8, 40, 240]))
+def test_prompts_that_begin_alike_share_cells_and_nothing_else(
+    models: Any, family_alone: Any, company: list[Any], size: tuple[int, int, int], chunk: int
+) -> None:
+    bench, asked, cancelled = batching.Bench(models(size), chunk), {}, set()
+    for kind, *facts in company:
+        if kind == "submit":
+            id = len(asked) + 1
+            asked[id] = facts[0], facts[1], bench.now + facts[2].get("deadline_ms", 1e9) / 1000
+            bench.raw(id, FAMILIES[facts[0]], 12, **chance(facts[1]), **facts[2])
+        elif kind == "steps":
+            for _ in range(facts[0]):
+                bench.run(1)
+                bench.check()
+        elif kind == "time":
+            bench.now += facts[0] / 1000
+        elif facts[0] in asked:
+            cancelled.add(facts[0])
+            bench.scheduler.cancel(facts[0]) if "from" in kind else bench.scheduler.settle_cancel(facts[0])
+    bench.run()
+    assert bench.is_empty()
+    for id, (prompt, seed, deadline) in asked.items():
+        end = bench.end(id)
+        if end == "done":
+            assert bench.text(id) == family_alone(prompt, seed)
+        else:
+            assert family_alone(prompt, seed).startswith(bench.text(id))
+            assert id in cancelled if end == "cancelled" else end == "deadline_exceeded" and bench.now >= deadline
+
+
+@pytest.fixture
+def three(models: Any) -> Model:
+    found: Model = models((3, 1536, 512))
+    return found
+
+
+def prompt_tokens(model: Model, *prompts: str) -> list[list[int]]:
+    return [[model.begin, *model.tokenize(prompt, special=True)] for prompt in prompts]
+
+
+def generated(bench: batching.Bench, *ids: int) -> int:
+    """Tokens that were decoded after the prompts: the last one of each never is."""
+    return sum(bench.result(id)["usage"]["completion_tokens"] - 1 for id in ids)
+
+
+def shared(first: list[int], second: list[int]) -> int:
+    return next(place for place, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1])
+
+
+def test_one_waits_for_what_another_is_reading_and_copies_it(three: Model) -> None:
+    bench, prompts = batching.Bench(three, chunk=16), (OWLS[:900] + THEN, OWLS[:900] + " one evening")
+    first, second = prompt_tokens(three, *prompts)
+    with decodes(three) as sizes:
+        bench.raw(1, prompts[0], 5)
+        bench.run(2)
+        bench.raw(2, prompts[1], 5)
+        bench.run(1)
+        assert bench.sequence(2).slot.source is bench.sequence(1).slot and bench.sequence(2).slot.placed == 0
+        bench.run()
+    spared = shared(first, second)
+    assert spared > 150 and bench.result(2)["usage"]["cached_tokens"] == spared
+    assert sum(sizes) == len(first) + (len(second) - spared) + generated(bench, 1, 2)
+    assert bench.is_empty()
+
+
+def test_one_copies_from_another_that_generates(three: Model) -> None:
+    bench, prompts = batching.Bench(three, chunk=256), (OWLS[:900] + THEN, OWLS[:900] + " one evening")
+    first, second = prompt_tokens(three, *prompts)
+    bench.raw(1, prompts[0], 60, grammar="root ::= [a-z ]{300}")
+    bench.run(3)
+    bench.raw(2, prompts[1], 1)
+    with decodes(three) as sizes:
+        bench.run(1)
+    assert bench.end(2) == "done" and sizes == [1 + len(second) - shared(first, second)]
+    bench.run()
+    assert bench.end(1) == "done" and bench.is_empty()
+
+
+def test_when_the_one_that_reads_is_cancelled_the_one_that_waits_goes_on_from_there(three: Model) -> None:
+    bench, prompts = batching.Bench(three, chunk=16), (OWLS[:900] + THEN, OWLS[:900] + " one evening")
+    second = prompt_tokens(three, prompts[1])[0]
+    bench.raw(1, prompts[0], 5)
+    bench.raw(2, prompts[1], 5)
+    with decodes(three) as sizes:
+        bench.run(4)
+        assert bench.sequence(1).slot.placed == 64 and bench.sequence(2).slot.placed == 0
+        bench.scheduler.settle_cancel(1)
+        assert bench.sequence(2).slot.placed == 64
+        bench.run()
+    assert bench.result(2)["usage"]["cached_tokens"] == 64 and sum(sizes) == len(second) + generated(bench, 2)
+    assert bench.end(1) == "cancelled" and bench.is_empty()
+
+
+def test_one_of_three_that_wait_for_each_other_leaves(three: Model) -> None:
+    """The second waits for the first, the third for the second; whoever leaves, the others' text is their own."""
+    prompts = (OWLS[:500], OWLS[:900] + THEN, OWLS[:900] + " one evening")
+    texts = []
+    for prompt in prompts:
+        bench = batching.Bench(three)
+        bench.raw(1, prompt)
+        bench.run()
+        texts.append(bench.text(1))
+    for leaves in (1, 2, 3):
+        for after in (1, 4, 9):
+            bench = batching.Bench(three, chunk=16)
+            for id, prompt in enumerate(prompts, 1):
+                bench.raw(id, prompt)
+            bench.run(after)
+            bench.scheduler.settle_cancel(leaves)
+            bench.check()
+            bench.run()
+            assert [bench.text(id) for id in (1, 2, 3) if id != leaves] == [
+                text for id, text in enumerate(texts, 1) if id != leaves
+            ]
+            assert bench.is_empty()
+
+
+def test_little_that_is_shared_is_not_waited_for(three: Model) -> None:
+    bench = batching.Bench(three, chunk=8)
+    bench.raw(1, "Once upon a time there was a small owl who lived in a tall tree", 5)
+    bench.raw(2, "Once upon a time there was a tall man", 5)
+    bench.run(1)
+    assert shared(bench.sequence(1).prompt, bench.sequence(2).prompt) < WORTH_COPYING
+    assert bench.sequence(2).slot.source is None
+    bench.run()
+    assert bench.is_empty()
+
+
+# ------------------------------------------------------------------------------------------------- who comes first
+
+
+@pytest.fixture
+def one(models: Any) -> Model:
+    found: Model = models((1, 512, 512))
+    return found
+
+
+def test_those_that_wait_come_by_priority_then_by_arrival(one: Model) -> None:
+    bench = batching.Bench(one)
+    bench.raw(1, "Hello", 3)
+    bench.run(1)
+    for id, priority in enumerate([0, 5, -3, 5, 100, 0, -100], 2):
+        bench.raw(id, "Hello", 2, priority=priority)
+    bench.run()
+    assert bench.order == [1, 6, 3, 5, 2, 7, 4, 8] and bench.is_empty()
+
+
+def test_one_that_finds_no_room_is_not_overtaken_by_smaller_ones(models: Any) -> None:
+    bench = batching.Bench(models((2, 700, 512)))
+    bench.raw(1, "Hello", 400, grammar="root ::= [a-z ]{600}")
+    bench.run(1)
+    bench.raw(2, "Hello again", 450)
+    for id in (3, 4):
+        bench.raw(id, "Hello", 1)
+    bench.run(5)
+    assert bench.order == [] and len(bench.scheduler._running) == 1
+    bench.raw(5, "Hello", 1, priority=1)
+    bench.run(1)
+    assert bench.order == [5], "one of higher priority may"
+    bench.run()
+    assert bench.order.index(1) < min(map(bench.order.index, (3, 4))) and bench.is_empty()
+
+
+def test_too_long_a_prompt_is_refused_before_work_while_all_slots_are_taken(one: Model) -> None:
+    bench = batching.Bench(one)
+    bench.raw(1, "Hello", 100, grammar="root ::= [a-z ]{300}")
+    bench.run(2)
+    bench.raw(2, "Hello", 2)
+    for id, options in {3: {"prompt": OWLS * 9}, 4: {"prompt": "Hello", "tokens": 512}}.items():
+        bench.raw(id, **options)  # type: ignore[arg-type]
+    with decodes(one) as sizes:
+        bench.run(3)
+    assert sizes == [1, 1, 1] and bench.order == [3, 4]
+    for id in (3, 4):
+        facts = bench.said[id][-1][2]
+        assert facts["code"] == "context_overflow" and facts["details"]["context_length"] == 512
+        assert facts["details"]["prompt_tokens"] + facts["details"]["max_tokens"] > 512
+    bench.run()
+    assert bench.end(1) == bench.end(2) == "done" and bench.is_empty()
+
+
+def test_the_whole_context_can_be_used_and_not_one_token_more(one: Model) -> None:
+    tokens = len(prompt_tokens(one, "Hello")[0])
+    for more, end in ((0, "done"), (1, "context_overflow")):
+        bench = batching.Bench(one)
+        bench.raw(1, "Hello", 512 - tokens + more, grammar="root ::= [a-z]{1000}")
+        bench.run()
+        assert bench.end(1) == end and bench.is_empty()
+
+
+def test_a_request_that_cannot_begin_fails_alone(three: Model) -> None:
+    bench = batching.Bench(three)
+    bench.raw(1, "Hello", 20)
+    bench.raw(2, "Hello", 20, grammar="root ::= nowhere")
+    bench.raw(3, "Hello", 20)
+    bench.run()
+    assert (bench.end(2), bench.text(1)) == ("type_mismatch", bench.text(3)) and bench.is_empty()
+
+
+def test_a_deadline_ends_those_that_wait_and_those_that_run(one: Model) -> None:
+    bench = batching.Bench(one)
+    bench.raw(1, "Hello", 50, deadline_ms=100)
+    bench.raw(2, "Hello", 50, deadline_ms=50)
+    bench.raw(3, "Hello", 1)
+    bench.run(3)
+    bench.now = 0.0999
+    bench.run(1)
+    assert bench.order == [2]
+    bench.now = 0.1
+    bench.run(1)
+    assert bench.order == [2, 1, 3] or bench.order[:2] == [2, 1]
+    bench.run()
+    assert [bench.end(id) for id in (1, 2, 3)] == ["deadline_exceeded", "deadline_exceeded", "done"]
+    assert len(bench.text(1)) > 0 and bench.text(2) == "" and bench.is_empty()
+
+
+# --------------------------------------------------------------------------------------------------------- cancels
+
+
+def test_after_ten_thousand_cancels_everything_is_free(models: Any, family_alone: Any) -> None:
+    model, numbers = models(SIZES[-1]), random.Random(5)
+    bench, id, cancelled = batching.Bench(model, chunk=32), 0, 0
+    while cancelled < count(10_000, 100_000):
+        ids = range(id + 1, id + 1 + numbers.randint(1, 24))
+        id = ids[-1]
+        for one in ids:
+            bench.raw(one, FAMILIES[numbers.randrange(len(FAMILIES))], 12, priority=numbers.randint(0, 1))
+        for one in numbers.sample(ids, len(ids)):
+            if numbers.random() < 0.06:
+                bench.run(numbers.randint(1, 3))
+            (bench.scheduler.cancel if numbers.random() < 0.3 else bench.scheduler.settle_cancel)(one)
+        bench.run(1)
+        bench.check()
+        cancelled += sum(bench.end(one) == "cancelled" for one in ids)
+        for one in ids:
+            bench.scheduler.settle_cancel(one)
+        bench.said.clear()
+    assert bench.is_empty() and not bench.scheduler._cancelled and bench.scheduler._unread == 0
+    for prompt in range(len(FAMILIES)):
+        bench.raw(id + 1 + prompt, FAMILIES[prompt], 12)
+    bench.run()
+    for prompt in range(len(FAMILIES)):
+        assert bench.text(id + 1 + prompt) == family_alone(prompt)
+    assert bench.is_empty()
+
+
+def test_after_cancels_llama_cpp_has_every_cell(three: Model) -> None:
+    """As many tokens as there are cells are computed together: none of them was lost."""
+    assert three.cells == 3 * three.context_length
+    bench = batching.Bench(three)
+    for id in range(1, 10):
+        bench.raw(id, FAMILIES[id], 12)
+    bench.run(4)
+    for id in range(1, 10):
+        bench.scheduler.settle_cancel(id)
+    assert bench.is_empty()
+    tokens = len(prompt_tokens(three, "Hello")[0])
+    for id in (11, 12, 13):
+        bench.raw(id, "Hello", three.context_length - tokens, grammar="root ::= [a-z]{1000}")
+    bench.run()
+    assert [bench.result(id)["finish_reason"] for id in (11, 12, 13)] == ["length"] * 3 and bench.is_empty()
