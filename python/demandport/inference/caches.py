@@ -2,13 +2,15 @@
 
 A cache is the tokens that were read and made, with what they were computed by; where it was saved, the file also has
 what the model computed for them, so that nothing has to be computed again. A file is: `_MAGIC`, the length of the
-header as 4 bytes (big-endian), the header as JSON, the tokens as little-endian 32-bit integers, the state.
+header as 4 bytes (big-endian), the SHA-256 of the header, the header as JSON, the tokens as little-endian 32-bit
+integers, the state.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import json
 import os
@@ -25,9 +27,12 @@ from demandport.errors import Forbidden, ModelNotFound, TypeMismatch
 
 _MAGIC = b"demandport kv cache 1\n"
 _LENGTH = struct.Struct(">I")
+_CHECKSUM_BYTES = 32
 _MAX_HEADER_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _SUFFIX = ".kv"
+#: What reading a value that is not of the form may raise.
+_WRONG = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +66,9 @@ class KvCache:
             fingerprint, name, model = value["fingerprint"], value["name"], value["model"]
             if not isinstance(fingerprint, str) or not isinstance(name, str | None) or not isinstance(model, dict):
                 raise TypeError("fingerprint and name must be strings, model a map")
+            json.dumps(model)
             return cls(fingerprint, tuple(tokens), adapters, name, model)
-        except (KeyError, TypeError, ValueError, binascii.Error) as wrong:
+        except (*_WRONG, binascii.Error) as wrong:
             raise TypeMismatch(f"that is no KV cache: {wrong}; it comes from the port kv_cache_out") from None
 
     def to_plain(self) -> dict[str, Any]:
@@ -113,10 +119,11 @@ def write(path: Path, cache: KvCache, state: bytes) -> int:
         "model": dict(cache.model),
         "tokens": len(cache.tokens),
         "state_bytes": len(state),
+        "tokens_sha256": hashlib.sha256(array("i", cache.tokens).tobytes()).hexdigest(),
         "state_sha256": hashlib.sha256(state).hexdigest(),
     }
-    text = json.dumps(header).encode()
-    content = b"".join([_MAGIC, _LENGTH.pack(len(text)), text, array("i", cache.tokens).tobytes(), state])
+    text, tokens = json.dumps(header).encode(), array("i", cache.tokens).tobytes()
+    content = b"".join([_MAGIC, _LENGTH.pack(len(text)), hashlib.sha256(text).digest(), text, tokens, state])
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +133,8 @@ def write(path: Path, cache: KvCache, state: bytes) -> int:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as failed:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise Forbidden(f"the KV cache {path.stem} cannot be saved: {failed.strerror}") from None
     return len(content)
 
@@ -152,21 +160,27 @@ def _read(path: Path, state: bool = False) -> tuple[KvCache, bytes]:
             if file.read(len(_MAGIC)) != _MAGIC:
                 raise ValueError("it begins like no cache")
             (size,) = _LENGTH.unpack(file.read(_LENGTH.size))
-            header = json.loads(file.read(min(size, _MAX_HEADER_BYTES)))
+            checksum, text = file.read(_CHECKSUM_BYTES), file.read(min(size, _MAX_HEADER_BYTES))
+            _check(text, checksum.hex())
+            header = json.loads(text)
             count, state_bytes = int(header["tokens"]), int(header["state_bytes"])
             room = os.fstat(file.fileno()).st_size - file.tell()
             if count < 0 or state_bytes < 0 or count * 4 + state_bytes != room:
                 raise ValueError("its length is not what its header says")
-            tokens = array("i", file.read(count * 4))
+            tokens = array("i", _check(file.read(count * 4), header["tokens_sha256"]))
             adapters = tuple((str(path), float(scale)) for path, scale in header["adapters"])
-            content = file.read(state_bytes) if state else b""
-            if state and hashlib.sha256(content).hexdigest() != header["state_sha256"]:
-                raise ValueError("its content does not match its checksum")
+            content = _check(file.read(state_bytes), header["state_sha256"]) if state else b""
             return KvCache(str(header["fingerprint"]), tuple(tokens), adapters, path.stem, header["model"]), content
     except FileNotFoundError:
         raise ModelNotFound(f"there is no saved KV cache {path.stem!r}") from None
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as failed:
+    except (*_WRONG, OSError, struct.error) as failed:
         raise TypeMismatch(f"the saved KV cache {path.stem!r} cannot be read: {failed}") from None
+
+
+def _check(content: bytes, checksum: str) -> bytes:
+    if hashlib.sha256(content).hexdigest() != checksum:
+        raise ValueError("its content does not match its checksum")
+    return content
 
 
 def check_use(cache: KvCache, fingerprint: str, adapters: Sequence[tuple[str, float]]) -> None:

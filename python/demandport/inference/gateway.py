@@ -51,6 +51,7 @@ class _Entry:
     id: str
     spec: ModelSpec
     path: Path | None
+    file: tuple[int, int, int, int] | None
     size_bytes: int
     backend: Backend
     #: There is room for it in the memory.
@@ -173,7 +174,7 @@ class Gateway:
         Raises:
             BackendUnavailable: it is busy and that is to be refused.
         """
-        entries = [entry for entry in self._entries.values() if _meant(entry, model)]
+        entries = [entry for entry in self._entries.values() if self._meant(entry, model)]
         busy = sum(entry.in_flight for entry in entries)
         if busy and when_busy == "refuse":
             raise BackendUnavailable(
@@ -228,7 +229,21 @@ class Gateway:
         entry = self._entries.get(key)
         if entry is None:
             entry = self._entries[key] = self._new_entry(key, spec, found, purpose)
+            await self._drop_replaced(entry)
         return entry
+
+    async def _drop_replaced(self, entry: _Entry) -> None:
+        """Unload what was loaded from a file that is another one now: nobody can ask for it any more."""
+        for other in list(self._entries.values()):
+            if other.path is not None and other.path == entry.path and other.file != entry.file and not other.in_flight:
+                await self._unload(other)
+
+    def _meant(self, entry: _Entry, model: str | Mapping[str, Any]) -> bool:
+        if not isinstance(model, str):
+            return model.get("id") in (entry.id, str(entry.path))
+        known = self._known.get(self._spec(model).model)
+        names = (entry.id, entry.spec.model, str(entry.path))
+        return model in names or entry.spec == self.config.models.get(model) or (known and known.path) == entry.path
 
     def _find(self, spec: ModelSpec) -> _Found:
         """Where the model lies. Blocks."""
@@ -256,7 +271,7 @@ class Gateway:
             backend = each[0] if len(each) == 1 else Replicas(each, spec.balance)
             path, size = found.path, found.size_bytes + WORKER_BYTES * spec.replicas
         id = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
-        return _Entry(id, spec, path, size, backend, admitted=found is None)
+        return _Entry(id, spec, path, None if found is None else found.identity, size, backend, admitted=found is None)
 
     def _local(self, key: ModelKey, spec: ModelSpec, found: _Found, purpose: Operation, restarts: Restarts) -> Backend:
         """A backend whose process is ours."""
@@ -264,7 +279,15 @@ class Gateway:
             from demandport.inference.llama_server import LlamaServerBackend
 
             mmproj = Path(spec.mmproj) if spec.mmproj else found.mmproj
-            return LlamaServerBackend(spec, found.path, mmproj, on_log=self._on_log)
+            return LlamaServerBackend(
+                spec,
+                found.path,
+                mmproj,
+                purpose=purpose,
+                size_bytes=found.size_bytes,
+                restarts=restarts,
+                on_log=self._on_log,
+            )
         return LlamaCppBackend(
             spec,
             found.path,
@@ -377,12 +400,6 @@ def _pss(pid: int) -> int:
     except psutil.Error:
         return 0
     return int(getattr(memory, "pss", 0) or memory.uss)
-
-
-def _meant(entry: _Entry, model: str | Mapping[str, Any]) -> bool:
-    if isinstance(model, str):
-        return model in (entry.id, entry.spec.model, str(entry.path))
-    return model.get("id") in (entry.id, str(entry.path))
 
 
 def _reference(entry: _Entry) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -48,7 +49,10 @@ PARAMETERS = frozenset(field.name for field in fields(GenerateRequest)) - {"tool
 # The worker keeps the deadline itself; this much later the service stops waiting for one that hangs.
 _DEADLINE_GRACE_S = 0.05
 # How a process ends that a model file has brought down; any other end says nothing about the file.
-_FILE_AT_FAULT = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "exited")
+_NO_LIFE = "no sign of life"
+_OWN_FAULT = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "exited", _NO_LIFE)
+#: A worker with something to do answers pings between two steps; one that says nothing for so long is killed.
+PING_S, HANG_S, LOAD_HANG_S = 5.0, 30.0, 300.0
 
 LogSink = Callable[[str, str, str], None]
 
@@ -104,6 +108,8 @@ class LlamaCppBackend:
         self._load_id = 0
         self._ready = False
         self._crashed = False
+        self._heard_at = 0.0
+        self._watching: asyncio.TimerHandle | None = None
         self._streams: dict[int, _Stream] = {}
         self._last_id = 0
         self._closed = False
@@ -242,6 +248,7 @@ class LlamaCppBackend:
         timer = None if deadline is None else loop.call_at(deadline + _DEADLINE_GRACE_S, stream.fail, late)
         try:
             self._start()
+            self._watch()
             if self._ready:
                 self._send(request_id, stream)
             while True:
@@ -267,8 +274,8 @@ class LlamaCppBackend:
         if stream.deadline is not None:
             left = stream.deadline - asyncio.get_running_loop().time()
             body = body | {"deadline_ms": max(1, int(left * 1000))}
-        stream.worker = worker
         worker.send([stream.kind, request_id, body])
+        stream.worker = worker
 
     # ------------------------------------------------------------------------------------- the worker
 
@@ -332,12 +339,32 @@ class LlamaCppBackend:
         }
         worker.send(["load", self._load_id, load])
 
+    def _watch(self) -> None:
+        """See to it that a worker that hangs is found while anybody waits for it."""
+        if self._watching is None:
+            loop = asyncio.get_running_loop()
+            self._heard_at = loop.time()
+            self._watching = loop.call_later(PING_S, self._look)
+
+    def _look(self) -> None:
+        self._watching = None
+        worker, loop = self._worker, asyncio.get_running_loop()
+        if not self._streams or worker is None:
+            return
+        silent_s, limit_s = loop.time() - self._heard_at, HANG_S if self._ready else LOAD_HANG_S
+        if silent_s >= limit_s:
+            worker.condemn(f"{_NO_LIFE} for {silent_s:.0f} s")
+            return
+        worker.send(["ping", 0])
+        self._watching = loop.call_later(PING_S, self._look)
+
     def _let_go(self) -> WorkerProcess | None:
         """Have no worker any more; returns the one there was, which may live on."""
         worker, self._worker, self._ready = self._worker, None, False
-        if self._starting is not None:
-            self._starting.cancel()
-            self._starting = None
+        for timer in (self._starting, self._watching):
+            if timer is not None:
+                timer.cancel()
+        self._starting = self._watching = None
         return worker
 
     def _dispatch(self, worker: WorkerProcess, message: Message) -> None:
@@ -346,7 +373,10 @@ class LlamaCppBackend:
             if self._on_log is not None:
                 self._on_log(message[1], worker.name, message[2])
             return
-        if kind == "ready" or worker is not self._worker:
+        if worker is not self._worker:
+            return
+        self._heard_at = asyncio.get_running_loop().time()
+        if kind in ("ready", "pong"):
             return
         stream = self._streams.get(message[1])
         if stream is not None:
@@ -364,7 +394,10 @@ class LlamaCppBackend:
             self.info, self._ready, self._crashed = message[2], True, False
             for request_id, stream in list(self._streams.items()):
                 if not stream.ended:
-                    self._send(request_id, stream)
+                    try:
+                        self._send(request_id, stream)
+                    except DemandportError as failed:  # what it asks for cannot travel
+                        stream.fail(failed)
         else:
             # The worker has no model and is of no use: the next one that asks starts afresh.
             self._let_go()
@@ -378,13 +411,15 @@ class LlamaCppBackend:
         loaded = self._ready
         self._let_go()
         self._crashed = True
-        own_fault = any(sign in reason for sign in _FILE_AT_FAULT)
+        own_fault = any(sign in reason for sign in _OWN_FAULT)
         if own_fault or not loaded:
             self._policy.died(asyncio.get_running_loop().time())
         facts = {"reason": reason}
         if loaded:
             self.restarts += 1
             self._fail_all(WorkerCrash(f"the worker of model {self.spec.model} has died: {reason}", details=facts))
+            with contextlib.suppress(DemandportError):  # one that is quarantined stays away
+                self._start()
         elif own_fault:
             self._fail_all(ModelLoadFailed(f"{self.path} brought its worker down: {reason}", details=facts))
         else:

@@ -37,6 +37,7 @@ class Replicas:
         self._balance = balance
         self._turn = 0
         self._held: list[OrderedDict[bytes, None]] = [OrderedDict() for _ in backends]
+        self._restarts = [0] * len(backends)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -91,7 +92,12 @@ class Replicas:
 
     def _choose(self, blocks: list[bytes]) -> Backend:
         # The load counts what was given out before: choosing and starting happen without a turn of the loop in between.
-        loads = [Load(one.in_flight, not one.crashed) for one in self.healths()]
+        healths = self.healths()
+        loads = [Load(one.in_flight, not one.crashed) for one in healths]
+        for number, one in enumerate(healths):
+            if one.restarts != self._restarts[number]:  # a new worker holds nothing
+                self._restarts[number] = one.restarts
+                self._held[number].clear()
         index = self._holder(blocks, loads)
         if index is None:
             index = least_loaded(loads) if self._balance == "least_loaded" else round_robin(loads, self._turn)

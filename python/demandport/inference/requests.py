@@ -320,6 +320,8 @@ def _check_constraint(request: GenerateRequest) -> None:
         require("grammar", request.grammar, str, "a string")
         if request.json_schema is not None:
             raise wrong("grammar", "and json_schema exclude each other")
+        if not request.grammar.strip():
+            raise wrong("grammar", "is empty")
         if len(request.grammar.encode(errors="replace")) > MAX_GRAMMAR_BYTES:
             raise TooLarge(f"parameter grammar is over {MAX_GRAMMAR_BYTES} bytes", details={"parameter": "grammar"})
     if request.json_schema is not None:

@@ -53,20 +53,21 @@ class Cells:
 
     def take(self, prompt: Sequence[int], cells: int, adapters: Hashable) -> Slot:
         """A slot with `cells` reserved, its `placed` first tokens of `prompt` there already or soon copied."""
-        slot, kept = self._free_slot(prompt, adapters)
-        source, copies = self._source(prompt, adapters)
-        if source is None or copies < kept + WORTH_COPYING:
-            source = None
-        else:
-            slot, kept = self._empty_slot(), 0
+        source, shared = self._most_alike(prompt, adapters)
+        slot = self._target(source, shared)
+        kept = shared if slot is source else 0
         if not (kept and self._model.forget(slot.number, kept)):
             self._model.forget(slot.number)
             kept = 0
+        if slot is source:
+            source, shared = None, 0
         slot.tokens, slot.placed, slot.adapters = list(prompt), kept, adapters
-        slot.cells, slot.source, slot.copies = cells, source, copies
+        slot.cells, slot.source, slot.copies = cells, source, shared
         self.free.remove(slot)
         self.taken.append(slot)
         self.free_cells -= cells
+        if source is not None and source.placed >= shared:
+            self._copy(source, slot, shared)
         self._make_room()
         return slot
 
@@ -108,27 +109,25 @@ class Cells:
 
     # ---------------------------------------------------------------------------------------------- inside
 
-    def _free_slot(self, prompt: Sequence[int], adapters: Hashable) -> tuple[Slot, int]:
-        """The free slot whose cells hold most of the prompt, and how much; an empty or the oldest when none does."""
-        if not self._model.forgets_parts:
-            return self._empty_slot(), 0
-        shared = [shared_tokens(slot.tokens, prompt) if slot.adapters == adapters else 0 for slot in self.free]
-        most = max(shared)
-        return (self.free[shared.index(most)], most) if most else (self._empty_slot(), 0)
-
-    def _empty_slot(self) -> Slot:
-        return next((slot for slot in self.free if not slot.placed), self.free[0])
-
-    def _source(self, prompt: Sequence[int], adapters: Hashable) -> tuple[Slot | None, int]:
-        """The taken slot that holds, or is about to hold, most of the prompt, and how much."""
+    def _most_alike(self, prompt: Sequence[int], adapters: Hashable) -> tuple[Slot | None, int]:
+        """The slot that holds most of the prompt's beginning, and how much: now, or, if that is worth waiting for, once
+        the prompt it reads has been computed."""
         best: tuple[Slot | None, int] = (None, 0)
-        if self._model.forgets_parts:
-            for slot in self.taken:
-                if slot.adapters == adapters:
-                    count = shared_tokens(slot.tokens, prompt)
-                    if count > best[1]:
-                        best = slot, count
+        for slot in (*self.free, *self.taken) if self._model.forgets_parts else ():
+            if slot.adapters == adapters:
+                shared = shared_tokens(slot.tokens, prompt)
+                there = min(shared, slot.placed)
+                count = shared if shared >= there + WORTH_COPYING else there
+                if count > best[1]:
+                    best = slot, count
         return best
+
+    def _target(self, source: Slot | None, shared: int) -> Slot:
+        """The free slot to take: the source itself where the prompt goes on from all it holds, else an empty one, else
+        the one that was left longest ago."""
+        if source is not None and not source.cells and source.placed == shared:
+            return source
+        return next((slot for slot in self.free if not slot.placed), self.free[0])
 
     def _copy(self, source: Slot, target: Slot, count: int) -> None:
         target.source = None

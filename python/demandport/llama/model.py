@@ -186,6 +186,8 @@ class Model:
         self.context_length = min(wanted, self.cells)
         self.sequences = sequences
         self._memory = llama_cpp.llama_get_memory(self.context)
+        if purpose == "generate" and not self._memory:
+            raise ModelLoadFailed(f"{self.path} is a model for embeddings; it cannot generate text")
         self._batch = Batch(int(params.n_batch))
 
     def _pooling(self) -> int:

@@ -7,6 +7,8 @@ STRETCH = 1.2
 #: With nothing else to do a step lasts about this long at most, so that a cancel or a newcomer is seen.
 STEP_S = 0.25
 LEAST, MOST = 8, 256
+#: Before anything is known: little, since it may be a model of a second per token.
+FIRST = 64
 #: Weight of the newest measurement.
 _NEW = 0.2
 
@@ -24,7 +26,7 @@ class Pace:
         """Tokens of prompts for the next step, `LEAST` to `MOST`, beside `generating` sequences."""
         token_s = self._token_s.get(generating > 0)
         if generating == 0:
-            return MOST if token_s is None else _bounded(STEP_S / token_s)
+            return FIRST if token_s is None else _bounded(STEP_S / token_s)
         plain_s = self._plain(generating)
         if token_s is None or plain_s is None:
             return LEAST

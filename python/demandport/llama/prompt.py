@@ -21,11 +21,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from demandport.errors import ModelLoadFailed, TypeMismatch
+from demandport.errors import ContextOverflow, ModelLoadFailed, TypeMismatch
 from demandport.inference.requests import GenerateRequest
 from demandport.llama.model import Model, special_pattern
 
 RENDER_TIMEOUT_S = 5.0
+#: No vocabulary has a longer token.
+MOST_CHARACTERS_PER_TOKEN = 256
 _PRIVATE = range(0x10F000, 0x10FFFD)
 
 
@@ -71,14 +73,22 @@ class PromptBuilder:
 
     def _unbegun(self, request: GenerateRequest) -> list[int]:
         if request.raw:
-            return self._model.tokenize(request.prompt or "", special=True)
+            return self._model.tokenize(self._short_enough(request.prompt or ""), special=True)
         if self._template is None:
-            return self._model.tokenize(_without_template(request), special=False)
+            return self._model.tokenize(self._short_enough(_without_template(request)), special=False)
         messages = [_flat(message) for message in request.conversation()]
         masks = self._masks(list(_texts(messages)))
-        rendered = self._render(_mapped(messages, lambda text: text.translate(masks)))
+        rendered = self._short_enough(self._render(_mapped(messages, lambda text: text.translate(masks))))
         unmask = {ord(private): chr(plain) for plain, private in masks.items()}
         return list(self._pieces(rendered, unmask))
+
+    def _short_enough(self, text: str) -> str:
+        """Refuse what cannot fit before it is tokenised, which takes long for very long texts."""
+        room = self._model.context_length
+        if len(text) > room * MOST_CHARACTERS_PER_TOKEN:
+            facts = {"characters": len(text), "context_length": room}
+            raise ContextOverflow(f"a prompt of {len(text)} characters does not fit {room} tokens", details=facts)
+        return text
 
     def _begun(self, tokens: list[int]) -> list[int]:
         model = self._model
@@ -95,8 +105,6 @@ class PromptBuilder:
         return masks
 
     def _render(self, messages: list[dict[str, Any]], answered: bool = False) -> str:
-        from jinja2 import TemplateError
-
         assert self._template is not None
         try:
             with _time_limit(RENDER_TIMEOUT_S):
@@ -110,7 +118,7 @@ class PromptBuilder:
                 )
         except TimeoutError:
             raise TypeMismatch(f"the model's chat template takes over {RENDER_TIMEOUT_S:g} s for them") from None
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as failed:
+        except Exception as failed:  # a template can raise anything
             raise TypeMismatch(f"the model's chat template refuses the messages: {failed}") from None
 
     def _pieces(self, rendered: str, unmask: Mapping[int, str]) -> Iterator[int]:
@@ -162,14 +170,18 @@ def _compile(source: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols"],
+        optimized=False,  # which would work out constants before any time is taken
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
-        return environment.from_string(source)
-    except (TemplateError, RecursionError) as failed:
+        with _time_limit(RENDER_TIMEOUT_S):
+            return environment.from_string(source)
+    except (TemplateError, RecursionError, TimeoutError) as failed:
         raise ModelLoadFailed(f"the model's chat template cannot be read: {failed}") from None
 
 

@@ -30,7 +30,12 @@ _DEFAULTS: dict[str, float] = {
 
 _OPEN, _CLOSE = "([{", ")]}"
 _LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|#[^\n]*', re.DOTALL)
-_REPETITION = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
+_REPETITION = re.compile(r"\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}")
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"|#[^\n]*', re.DOTALL)
+_CLASS = re.compile(r"\[((?:[^\]\\]|\\.)*)\]", re.DOTALL)
+_RANGE = re.compile(r"(\\?.)-(\\?.)", re.DOTALL)
+_TOKEN = re.compile(r"<\[")
+_COUNTS = {"maxLength", "minLength", "maxItems", "minItems", "maxProperties", "minProperties"}
 
 
 def draw_seed() -> int:
@@ -47,15 +52,17 @@ def grammar_text(request: GenerateRequest) -> str | None:
     """
     if request.json_schema is not None:
         grammar = _from_schema(request.json_schema)
-        _check_grammar(grammar, "json_schema")
+        # `maxLength` and `maxItems` become that many optional groups, one in the other.
+        _check_grammar(grammar, "json_schema", MAX_NESTING + MAX_REPETITION)
         return grammar
     if request.grammar is not None:
-        _check_grammar(request.grammar, "grammar")
+        _check_grammar(request.grammar, "grammar", MAX_NESTING)
     return request.grammar
 
 
 def _from_schema(schema: Mapping[str, Any]) -> str:
     _check_depth(schema)
+    _check_counts(schema)
     try:
         text = json.dumps(schema)
     except (TypeError, ValueError) as failed:
@@ -86,20 +93,54 @@ def _check_depth(schema: Any) -> None:
     raise TooLarge(f"parameter json_schema is nested deeper than {MAX_NESTING}", details={"parameter": "json_schema"})
 
 
-def _check_grammar(grammar: str, parameter: str) -> None:
+def _check_counts(schema: Any) -> None:
+    """The converter writes out whatever is counted, before anybody can look at the result."""
+    waiting = [schema]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting += item.values()
+            for name in _COUNTS & item.keys():
+                count = item[name]
+                if isinstance(count, int | float) and count > MAX_REPETITION:
+                    raise TooLarge(f"parameter json_schema has {name} over {MAX_REPETITION}")
+            if isinstance(item.get("pattern"), str):
+                _check_repetitions(item["pattern"], "json_schema")
+        elif isinstance(item, list):
+            waiting += item
+
+
+def _check_repetitions(text: str, parameter: str) -> None:
+    for low, comma, high in _REPETITION.findall(text):
+        if max(int(low or 0), int(high or 0)) > MAX_REPETITION:
+            raise TooLarge(f"parameter {parameter} repeats more than {MAX_REPETITION} times")
+        if comma and high and int(low or 0) > int(high):
+            raise _refused(parameter, f"repeats at least {low} and at most {high} times")
+
+
+def _check_ranges(grammar: str, parameter: str) -> None:
+    """llama.cpp ends the process over a character range that runs backwards."""
+    for characters in _CLASS.findall(_QUOTED.sub(" ", grammar)):
+        for low, high in _RANGE.findall(characters):
+            if len(low) == len(high) == 1 and low > high:
+                raise _refused(parameter, f"has the range {low}-{high}, which runs backwards")
+
+
+def _check_grammar(grammar: str, parameter: str, nesting: int) -> None:
     if "\0" in grammar:
         raise _refused(parameter, "holds a NUL character")
     if len(grammar.encode(errors="replace")) > MAX_GRAMMAR_BYTES:
         raise TooLarge(f"parameter {parameter} makes a grammar over {MAX_GRAMMAR_BYTES} bytes")
+    if _TOKEN.search(_QUOTED.sub(" ", grammar)):
+        raise _refused(parameter, "names tokens by number, which differ from model to model")
+    _check_ranges(grammar, parameter)
     plain = _LITERAL.sub(" ", grammar)
-    for low, high in _REPETITION.findall(plain):
-        if max(int(low or 0), int(high or 0)) > MAX_REPETITION:
-            raise TooLarge(f"parameter {parameter} repeats more than {MAX_REPETITION} times")
+    _check_repetitions(plain, parameter)
     depth = 0
     for character in plain:
         depth += (character in _OPEN) - (character in _CLOSE)
-        if depth > MAX_NESTING:
-            raise TooLarge(f"parameter {parameter} is nested deeper than {MAX_NESTING}")
+        if depth > nesting:
+            raise TooLarge(f"parameter {parameter} is nested deeper than {nesting}")
 
 
 def _refused(parameter: str, what: str) -> TypeMismatch:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ class _Sequence:
         #: Where its cells are to be saved, in place of a token being chosen.
         self.save = save
         self.seed = draw_seed() if request.seed is None else request.seed
-        self.adapters: Adapters = tuple((one["path"], float(one.get("scale") or 1.0)) for one in request.adapters)
+        self.adapters: Adapters = tuple((one["path"], _scale(one.get("scale"))) for one in request.adapters)
         self.prompt: list[int] = []
         #: Most tokens it may generate, and how many it has.
         self.limit = 0
@@ -87,7 +89,12 @@ class Scheduler:
 
         Args:
             save: compute the prompt alone, and save what the cells then hold in this file.
+
+        Raises:
+            TypeMismatch: there is no KV cache to save.
         """
+        if save is not None and request.kv_cache is None:
+            raise TypeMismatch("there is no kv_cache to save")
         deadline = None if request.deadline_ms is None else self._clock() + request.deadline_ms / 1000
         sequence = _Sequence(request_id, request, deadline, save)
         bisect.insort(self._waiting, sequence, key=lambda one: -one.request.priority)
@@ -130,10 +137,8 @@ class Scheduler:
         now = self._clock()
         self._pace.took(now - started, generating, prompt_tokens)
         for sequence, index in choosing:
-            try:
+            with self._alone(sequence):
                 self._choose(sequence, index, now)
-            except DemandportError as failed:
-                self._fail(sequence, failed)
         return self.busy
 
     def close(self) -> None:
@@ -149,11 +154,9 @@ class Scheduler:
         that arrive together hold nobody up."""
         room = max(1, len(self._cells.free))
         for sequence in [one for one in self._waiting if not one.prompt][:room] if self._unread else ():
-            try:
+            with self._alone(sequence):
                 self._read_prompt(sequence)
                 self._unread -= 1
-            except DemandportError as failed:
-                self._fail(sequence, failed)
 
     def _read_prompt(self, sequence: _Sequence) -> None:
         request, room = sequence.request, self._model.context_length
@@ -181,19 +184,13 @@ class Scheduler:
             cells = len(sequence.prompt) + sequence.limit
             if not self._cells.fits(cells):
                 return
-            try:
+            with self._alone(sequence):
                 self._model.load_adapters(sequence.adapters)
                 sequence.sampler = self._sampler(sequence)
-            except DemandportError as failed:
-                self._fail(sequence, failed)
-                continue
-            self._waiting.pop(0)
-            sequence.slot = self._cells.take(sequence.prompt, cells, sequence.adapters)
-            self._running.append(sequence)
-            try:
+                self._waiting.pop(0)
+                sequence.slot = self._cells.take(sequence.prompt, cells, sequence.adapters)
+                self._running.append(sequence)
                 self._restore(sequence)
-            except DemandportError as failed:
-                self._fail(sequence, failed)
 
     def _sampler(self, sequence: _Sequence) -> Sampler:
         model = self._model
@@ -326,6 +323,18 @@ class Scheduler:
         self._emit(["done", sequence.id, {"bytes": size, "kv_cache": cache.to_plain()}])
         self._release(sequence)
 
+    @contextmanager
+    def _alone(self, sequence: _Sequence) -> Iterator[None]:
+        """Whatever goes wrong in the block ends that sequence and no other."""
+        try:
+            yield
+        except DemandportError as failed:
+            self._fail(sequence, failed)
+        except Exception as failed:  # of what a request brings along: templates, grammars
+            wrapped = Internal(f"{type(failed).__name__}: {failed}")
+            wrapped.traceback = traceback.format_exc()
+            self._fail(sequence, wrapped)
+
     def _fail(self, sequence: _Sequence, failed: DemandportError) -> None:
         text = sequence.output.take()
         if text:
@@ -352,3 +361,7 @@ class Scheduler:
             if sequence.deadline is not None and now >= sequence.deadline:
                 late = f"the deadline of {sequence.request.deadline_ms} ms has passed"
                 self._fail(sequence, DeadlineExceeded(late))
+
+
+def _scale(given: float | None) -> float:
+    return 1.0 if given is None else float(given)

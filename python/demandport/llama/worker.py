@@ -1,9 +1,9 @@
 """The program of a model worker: ``python -m demandport.llama.worker PARENT_PID``.
 
 In: ``["load", id, spec]``, then ``["generate", id, request]``, ``["save", id, {request, path}]``, ``["embed",
-id, request]`` or ``["rerank", id, request]``, by what it was loaded for, and ``["cancel", id]``.
+id, request]`` or ``["rerank", id, request]``, by what it was loaded for; ``["cancel", id]`` and ``["ping", id]``.
 Out: ``["ready", info]``, ``["ok", id, result]``, ``["error", id, error]``, ``["progress", id, {done, total,
-unit}]``, ``["chunk", id, text]``, ``["done", id, result]``, ``["log", level, text]``.
+unit}]``, ``["chunk", id, text]``, ``["done", id, result]``, ``["pong", id]``, ``["log", level, text]``.
 """
 
 from __future__ import annotations
@@ -83,6 +83,9 @@ class Worker:
             if self._runner is not None:
                 self._runner.settle_cancel(request_id)
             return
+        if kind == "ping":  # answered between two steps: that shows that they end
+            self._channel.send(["pong", request_id])
+            return
         try:
             if kind == "load":
                 self._channel.send(["ok", request_id, self._load(request_id, message[2])])
@@ -160,6 +163,7 @@ class Worker:
 
 def main() -> None:
     """Run the worker; never returns."""
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # an abort would start a debugger where one is installed
     channel = Channel(int(sys.argv[1]))
     logging.basicConfig(level=logging.WARNING, handlers=[_LogToChannel(channel)], force=True)
     channel.send(["ready", {"os_pid": os.getpid()}])

@@ -295,7 +295,7 @@ def _check_answer(text: str, schema: Mapping[str, Any], finished: Finished) -> N
     if finished.finish_reason == "length":
         raise TypeMismatch("the answer is cut off by max_tokens, so it does not follow json_schema", details=facts)
     try:
-        Draft202012Validator(dict(schema)).validate(json.loads(text))
+        Draft202012Validator(dict(schema), offline=True).validate(json.loads(text))
     except ValidationError as wrong:
         raise TypeMismatch(f"the answer does not follow json_schema: {wrong.message}", details=facts) from None
     except ValueError as wrong:
