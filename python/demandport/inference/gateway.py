@@ -80,6 +80,8 @@ class Gateway:
         #: Models by the names they were asked for: the library need not be searched each time.
         self._known: dict[str, _Found] = {}
         self._admitting = asyncio.Lock()
+        #: The ends of backends whose model could not be loaded.
+        self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
 
     # ------------------------------------------------------------------------------------------ requests
@@ -197,7 +199,8 @@ class Gateway:
         self._closed = True
         entries = list(self._entries.values())
         self._entries.clear()
-        results = await asyncio.gather(*(entry.backend.close() for entry in entries), return_exceptions=True)
+        closing = [*self._closing, *(entry.backend.close() for entry in entries)]
+        results = await asyncio.gather(*closing, return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -304,6 +307,9 @@ class Gateway:
         entry = self._entries.get(key)
         if entry is not None and not entry.backend.health().restarts:
             del self._entries[key]
+            closing = asyncio.get_running_loop().create_task(entry.backend.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     # --------------------------------------------------------------------------------------------- memory
 
@@ -326,6 +332,8 @@ class Gateway:
                     return
                 idle = [one for one in self._entries.values() if one.admitted and one.size_bytes and not one.in_flight]
                 if not idle:
+                    if entry.in_flight == 1:  # nobody else waits for it
+                        self._entries = {key: one for key, one in self._entries.items() if one is not entry}
                     facts = {"needed_bytes": entry.size_bytes, "used_bytes": used, "limit_bytes": limit}
                     raise OutOfMemory(
                         f"model {entry.spec.model} needs about {entry.size_bytes >> 20} MiB; models in use hold "

@@ -104,6 +104,8 @@ class LlamaCppBackend:
         self._on_log, self._on_refused = on_log, on_refused
         self._policy = restarts or Restarts()
         self._worker: WorkerProcess | None = None
+        #: One whose model could not be loaded, until it is gone.
+        self._refused_worker: WorkerProcess | None = None
         self._starting: asyncio.TimerHandle | None = None
         self._load_id = 0
         self._ready = False
@@ -196,9 +198,9 @@ class LlamaCppBackend:
         """Unload the model and end its worker; what still waits for it ends with `backend_unavailable`."""
         self._closed = True
         self._fail_all(BackendUnavailable(f"model {self.spec.model} has been unloaded"))
-        worker = self._let_go()
-        if worker is not None:
-            await worker.stop()
+        for worker in (self._let_go(), self._refused_worker):
+            if worker is not None:
+                await worker.stop()
 
     def _options(self, request: GenerateRequest) -> dict[str, Any]:
         options = request.to_options()
@@ -400,10 +402,10 @@ class LlamaCppBackend:
                         stream.fail(failed)
         else:
             # The worker has no model and is of no use: the next one that asks starts afresh.
-            self._let_go()
+            self._refused_worker = self._let_go()
             self._fail_all(from_wire(message[2]))
-            self._on_refused()
             worker.kill()
+            self._on_refused()
 
     def _exited(self, worker: WorkerProcess, reason: str) -> None:
         if worker is not self._worker:

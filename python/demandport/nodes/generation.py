@@ -9,8 +9,15 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from demandport.engine.node import Context, node
-from demandport.errors import HostUnavailable, NodeFailed, TypeMismatch
-from demandport.graph.spec import Port
+from demandport.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DemandportError,
+    HostUnavailable,
+    NodeFailed,
+    TypeMismatch,
+)
+from demandport.graph.spec import Port, read_json
 from demandport.inference.backend import Finished, Progress, ToolCall
 from demandport.inference.config import ModelSpec
 from demandport.inference.gateway import Gateway
@@ -214,6 +221,8 @@ async def tool_loop(
     back to the model as text, an error too. A conversation that still calls tools after `max_turns` turns is an error.
     Cancel stops whatever runs.
     """
+    if max_turns < 1:
+        raise TypeMismatch(f"max_turns must be at least 1, not {max_turns}")
     said = [*(messages or []), {"role": "user", "content": prompt}]
     answers, usage = [], {"prompt_tokens": 0, "completion_tokens": 0}
     for turn in range(1, max_turns + 1):
@@ -243,10 +252,13 @@ async def _called(ctx: Context, call: ToolCall) -> str:
         raise HostUnavailable("the host runs no tools")
     ctx.event("tool_call", tool=call.name, call=call.id)
     try:
-        arguments = json.loads(call.arguments or "{}")
+        answer = await call_tool(ctx, call.name, read_json(call.arguments or "{}"))
     except ValueError as wrong:
         return f"error: the arguments are no JSON: {wrong}"
-    answer = await call_tool(ctx, call.name, arguments)
+    except (Cancelled, DeadlineExceeded, HostUnavailable):
+        raise
+    except DemandportError as failed:
+        return f"error: {failed.message}"
     return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
 
 
@@ -295,7 +307,7 @@ def _check_answer(text: str, schema: Mapping[str, Any], finished: Finished) -> N
     if finished.finish_reason == "length":
         raise TypeMismatch("the answer is cut off by max_tokens, so it does not follow json_schema", details=facts)
     try:
-        Draft202012Validator(dict(schema), offline=True).validate(json.loads(text))
+        Draft202012Validator(dict(schema), offline=True).validate(read_json(text))
     except ValidationError as wrong:
         raise TypeMismatch(f"the answer does not follow json_schema: {wrong.message}", details=facts) from None
     except ValueError as wrong:
