@@ -304,6 +304,20 @@ def test_credit_0_has_no_stream_and_no_wait(service: ServiceProcess, kind: str, 
     assert service.receive()[0] == "demand_complete"
 
 
+def test_a_consumer_without_credit_holds_up_no_other(shared: ServiceProcess) -> None:
+    data = {"model_path": "tiny", "prompt": "Tell a story.", "grammar": "root ::= [a-z ]{200}", "seed": 3}
+    shared.open("parked", *((name, "llamacpp-inference", data) for name in ("parked", "other")))
+    parked, other = shared.new_id(), shared.new_id()
+    shared.send(["demand", parked, "parked", "parked", {"credit": 1}], ["demand", other, "parked", "other", {}])
+    heard = shared.until(is_terminal(other))
+    chunks = [message for message in heard if message[0] == "node_stream" and message[3] == parked]
+    assert len(chunks) <= 1 and not any(is_terminal(parked)(message) for message in heard)
+    shared.send(["credit", parked, 2])
+    rest = shared.until(is_terminal(parked))
+    chunks += [message for message in rest if message[0] == "node_stream" and message[3] == parked]
+    assert "".join(chunk[2] for chunk in chunks) == rest[-1][2]["response"] == heard[-1][2]["response"]
+
+
 @pytest.mark.parametrize("kind", ["t-exit", "t-exit-inline", "t-cancelled", "t-stop", "t-raise"])
 def test_whatever_a_node_raises_fails_its_demand_alone(service: ServiceProcess, kind: str) -> None:
     service.open("s", ("a", kind, {}))
