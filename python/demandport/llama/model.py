@@ -10,8 +10,7 @@ import functools
 import hashlib
 import logging
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,8 @@ import llama_cpp
 from demandport.errors import Internal, ModelLoadFailed, OutOfMemory
 from demandport.inference.backend import Operation
 from demandport.inference.gguf import read_metadata
+from demandport.llama.batch import Batch
+from demandport.llama.log import start_library
 
 DEFAULT_CONTEXT_LENGTH = 4096
 #: Most tokens in one decode. Small chunks let a cancel through soon.
@@ -29,50 +30,10 @@ SHARED_CELLS = 8192
 #: Below this size the cost of waking a second thread is more than what it computes.
 SINGLE_THREAD_BYTES = 16 * 1024 * 1024
 
-_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
-_CONTINUATION = 5
 _FINGERPRINT_BYTES = 1 << 20
 
 #: LoRA adapters: (path, scale) each.
 Adapters = tuple[tuple[str, float], ...]
-_log = logging.getLogger("llama.cpp")
-
-
-class _LogRoute:
-    """Takes llama.cpp's log lines to `logging`; the callback must live as long as the library."""
-
-    def __init__(self) -> None:
-        self._level = logging.INFO
-        self._line = ""
-        self.last_error = ""
-        #: Lines below this level are dropped.
-        self.least = logging.DEBUG
-        self.callback = llama_cpp.llama_log_callback(self._accept)
-
-    def _accept(self, level: int, text: bytes, _: Any) -> None:
-        if level != _CONTINUATION:
-            self._level = _LEVELS.get(level, logging.INFO)
-        self._line += text.decode("utf-8", "replace")
-        if not self._line.endswith("\n"):
-            return
-        line, self._line = self._line.rstrip(), ""
-        if self._level >= logging.ERROR and line:
-            self.last_error = line
-        # Lines of one token's work must cost nothing unless somebody listens.
-        if line and self._level >= self.least and _log.isEnabledFor(self._level):
-            _log.log(self._level, "%s", line)
-
-
-_route: _LogRoute | None = None
-
-
-def _start_library() -> _LogRoute:
-    global _route
-    if _route is None:
-        _route = _LogRoute()
-        llama_cpp.llama_log_set(_route.callback, ctypes.c_void_p(0))
-        llama_cpp.llama_backend_init()
-    return _route
 
 
 class Model:
@@ -105,7 +66,7 @@ class Model:
         progress: Callable[[float], None] | None = None,
     ) -> None:
         read_metadata(path)  # llama.cpp can be brought down by what it refuses
-        self._route = _start_library()
+        self._route = start_library()
         self.path = path
         self._model: Any = None
         self.context: Any = None
@@ -457,57 +418,3 @@ class Ends(NamedTuple):
 def _cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class Batch:
-    """Tokens for one decode, each with its place and sequence.
-
-    The arrays are held on to: looking each up in the structure again costs more than writing to it.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.handle = llama_cpp.llama_batch_init(size, 0, 1)
-        self._tokens, self._positions, self._outputs = self.handle.token, self.handle.pos, self.handle.logits
-        self._sequences = [self.handle.seq_id[index] for index in range(size)]
-        for index in range(size):
-            self.handle.n_seq_id[index] = 1
-
-    @property
-    def size(self) -> int:
-        """Tokens in it."""
-        count: int = self.handle.n_tokens
-        return count
-
-    def clear(self) -> None:
-        """Empty it."""
-        self.handle.n_tokens = 0
-
-    def add(self, token: int, position: int, sequence: int, output: bool) -> int:
-        """Put one token in; returns its index, by which its output is sampled."""
-        index: int = self.handle.n_tokens
-        self._tokens[index] = token
-        self._positions[index] = position
-        self._sequences[index][0] = sequence
-        self._outputs[index] = output
-        self.handle.n_tokens = index + 1
-        return index
-
-    def extend(
-        self, tokens: Sequence[int], position: int, sequence: int, last: bool = False, every: bool = False
-    ) -> None:
-        """Put several in, the output of the last one wanted if `last`, of each if `every`."""
-        for offset, token in enumerate(tokens):
-            self.add(token, position + offset, sequence, every)
-        if last and tokens:
-            self._outputs[self.handle.n_tokens - 1] = True
-
-    def close(self) -> None:
-        """Free it."""
-        llama_cpp.llama_batch_free(self.handle)
-
-
-def special_pattern(texts: frozenset[str]) -> re.Pattern[str] | None:
-    """What finds any of `texts`, the longest first as llama.cpp does; None when there are none."""
-    if not texts:
-        return None
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=lambda text: (-len(text), text))))

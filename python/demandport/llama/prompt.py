@@ -15,6 +15,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from typing import Any
 
 from demandport.errors import ContextOverflow, ModelLoadFailed, TypeMismatch
 from demandport.inference.requests import GenerateRequest
-from demandport.llama.model import Model, special_pattern
+from demandport.llama.model import Model
 
 RENDER_TIMEOUT_S = 5.0
 #: No vocabulary has a longer token.
@@ -40,7 +41,7 @@ class PromptBuilder:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._pattern = special_pattern(model.special_texts)
+        self._pattern = _special_pattern(model.special_texts)
         self._firsts = sorted({text[0] for text in model.special_texts})
         source = model.chat_template
         self._template = None if source is None else _compile(source)
@@ -131,6 +132,13 @@ class PromptBuilder:
 
     def _plain(self, text: str, unmask: Mapping[int, str]) -> list[int]:
         return self._model.tokenize(text.translate(unmask), special=False) if text else []
+
+
+def _special_pattern(texts: frozenset[str]) -> re.Pattern[str] | None:
+    """What finds any of `texts`, the longest first as llama.cpp does; None when there are none."""
+    if not texts:
+        return None
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=lambda text: (-len(text), text))))
 
 
 def _flat(message: dict[str, Any]) -> dict[str, Any]:
