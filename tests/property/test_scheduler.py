@@ -32,7 +32,7 @@ SEQUENCES = 3
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[Model]:
-    found = Model(tiny_path(), sequences=SEQUENCES)
+    found = Model(tiny_path(), sequences=SEQUENCES, threads=1)
     yield found
     found.close()
 
@@ -162,7 +162,7 @@ def test_a_prompt_that_goes_on_from_an_answer_is_read_like_any_other(model: Mode
 
 def test_what_is_left_in_cells_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("demandport.llama.model.SHARED_CELLS", 512)
-    model = Model(tiny_path(), sequences=3)
+    model = Model(tiny_path(), sequences=3, threads=1)
     try:
         bench = Bench(model)
         bench.submit(1, 3, tokens=5)
@@ -201,7 +201,7 @@ def models() -> Iterator[Callable[[tuple[int, int, int]], Model]]:
         if size not in loaded:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("demandport.llama.model.SHARED_CELLS", size[1])
-                loaded[size] = Model(tiny_path(), sequences=size[0], context_length=size[2])
+                loaded[size] = Model(tiny_path(), threads=1, sequences=size[0], context_length=size[2])
         return loaded[size]
 
     yield found

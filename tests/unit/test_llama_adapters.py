@@ -16,7 +16,7 @@ LONG = "Tell me about owls and where they live. " * 12
 
 @pytest.fixture(scope="module")
 def model():
-    found = Model(tiny_path(), sequences=6)
+    found = Model(tiny_path(), sequences=6, threads=1)
     yield found
     found.close()
 

@@ -20,7 +20,7 @@ PROMPT = "Once upon a time"
 
 @pytest.fixture(scope="module")
 def model():
-    found = Model(tiny_path(), sequences=4)
+    found = Model(tiny_path(), sequences=4, threads=1)
     yield found
     found.close()
 
@@ -28,7 +28,7 @@ def model():
 @pytest.fixture(scope="module")
 def scores_of():
     """The log-probabilities of all tokens after each of some, all computed in one decode of a context of its own."""
-    alone = Model(tiny_path())
+    alone = Model(tiny_path(), threads=1)
 
     def scores(tokens):
         alone.forget(0)
