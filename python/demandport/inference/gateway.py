@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from demandport.errors import BackendUnavailable, ModelLoadFailed, OutOfMemory
-from demandport.inference import caches
+from demandport.inference import caches, memory
 from demandport.inference.backend import Backend, Embeddings, Event, Finished, Operation
 from demandport.inference.config import FILES, TINY, Config, ModelSpec
 from demandport.inference.library import Library, tiny_path
@@ -25,7 +25,6 @@ WhenBusy = Literal["refuse", "wait", "stop"]
 WHEN_BUSY: tuple[WhenBusy, ...] = ("refuse", "wait", "stop")
 #: What a worker holds besides the model: the interpreter, llama.cpp, buffers. A guess for before it is measured.
 WORKER_BYTES = 64 * 1024 * 1024
-_MEMORY_SHARE = 0.8
 
 ModelKey = tuple[Any, ...]
 
@@ -322,9 +321,7 @@ class Gateway:
         if entry.admitted:
             return
         async with self._admitting:
-            import psutil  # only now: a service without models does not need it
-
-            limit = self.config.memory_limit_bytes or int(psutil.virtual_memory().total * _MEMORY_SHARE)
+            limit = self.config.memory_limit_bytes or memory.default_limit_bytes()
             while not entry.admitted:
                 used = await self._used_bytes()
                 if used + entry.size_bytes <= limit:
@@ -345,7 +342,7 @@ class Gateway:
     async def _used_bytes(self) -> int:
         """What the models hold that are loaded, and what those will that are being loaded."""
         pids = {one.id: _pids(one) for one in self._entries.values() if one.admitted}
-        measured = await asyncio.to_thread(_memory_of, pids)
+        measured = await asyncio.to_thread(memory.held_bytes, pids)
         loading = {one.id: one.size_bytes for one in self._entries.values() if one.backend.health().state == "loading"}
         return sum(max(held, loading.get(id, 0)) for id, held in measured.items())
 
@@ -393,21 +390,6 @@ def _each(entry: _Entry) -> Sequence[Backend]:
 
 def _pids(entry: _Entry) -> list[int]:
     return [pid for backend in _each(entry) if (pid := backend.health().os_pid) is not None]
-
-
-def _memory_of(pids: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Bytes that processes hold, by entry; of what they share, their share: mapped weights count once. Blocks."""
-    return {id: sum(map(_pss, each)) for id, each in pids.items()}
-
-
-def _pss(pid: int) -> int:
-    import psutil
-
-    try:
-        memory = psutil.Process(pid).memory_full_info()
-    except psutil.Error:
-        return 0
-    return int(getattr(memory, "pss", 0) or memory.uss)
 
 
 def _reference(entry: _Entry) -> dict[str, Any]:
