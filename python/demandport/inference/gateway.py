@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -103,25 +103,21 @@ class Gateway:
             ModelNotFound, ModelLoadFailed, OutOfMemory, BackendUnavailable: it cannot be had.
             DemandportError: what else failed.
         """
-        entry = await self._entry(self._spec(model), "generate")
-        with _in_use(entry):
-            await self._admit(entry)
-            async with aclosing(entry.backend.generate(request, on_text)) as events:
-                async for event in events:
-                    yield replace(event, model_ref=_reference(entry)) if isinstance(event, Finished) else event
+        async with (
+            self._using(self._spec(model), "generate") as entry,
+            aclosing(entry.backend.generate(request, on_text)) as events,
+        ):
+            async for event in events:
+                yield replace(event, model_ref=_reference(entry)) if isinstance(event, Finished) else event
 
     async def embed(self, request: EmbedRequest, model: ModelSpec | str | None = None) -> Embeddings:
         """The vectors of some texts; see `Backend.embed`. Raises as `generate`."""
-        entry = await self._entry(self._spec(model), "embed")
-        with _in_use(entry):
-            await self._admit(entry)
+        async with self._using(self._spec(model), "embed") as entry:
             return await entry.backend.embed(request)
 
     async def rerank(self, request: RerankRequest, model: ModelSpec | str | None = None) -> list[float]:
         """A score per document; see `Backend.rerank`. Raises as `generate`."""
-        entry = await self._entry(self._spec(model), "rerank")
-        with _in_use(entry):
-            await self._admit(entry)
+        async with self._using(self._spec(model), "rerank") as entry:
             return await entry.backend.rerank(request)
 
     async def save_cache(self, value: Mapping[str, Any], name: str) -> tuple[dict[str, Any], int]:
@@ -134,12 +130,10 @@ class Gateway:
             TypeMismatch: it is none. Forbidden: no directory is configured, or the name is none. Others as `generate`.
         """
         cache = caches.KvCache.from_plain(value)
-        entry = await self._entry(self._spec(ModelSpec.from_options(cache.model)), "generate")
-        backend = entry.backend.backends[0] if isinstance(entry.backend, Replicas) else entry.backend
-        if not isinstance(backend, LlamaCppBackend):
-            raise BackendUnavailable(f"the backend {backend.kind} saves no KV caches")
-        with _in_use(entry):
-            await self._admit(entry)
+        async with self._using(self._spec(ModelSpec.from_options(cache.model)), "generate") as entry:
+            backend = _each(entry)[0]
+            if not isinstance(backend, LlamaCppBackend):
+                raise BackendUnavailable(f"the backend {backend.kind} saves no KV caches")
             saved, size = await backend.save_cache(cache, name)
         return saved.to_plain(), size
 
@@ -157,9 +151,7 @@ class Gateway:
             ModelNotFound, ModelLoadFailed, OutOfMemory, BackendUnavailable: it cannot be loaded.
             WorkerCrash: its worker was killed meanwhile; it can be tried again.
         """
-        entry = await self._entry(self._spec(spec), purpose)
-        with _in_use(entry):
-            await self._admit(entry)
+        async with self._using(self._spec(spec), purpose) as entry:
             await entry.backend.load()
         return _describe(entry)
 
@@ -218,6 +210,20 @@ class Gateway:
         spec = model if isinstance(model, ModelSpec) else ModelSpec(model or self.config.default_model)
         configured = self.config.models.get(spec.model)
         return configured if configured is not None and spec == ModelSpec(spec.model) else spec
+
+    @asynccontextmanager
+    async def _using(self, spec: ModelSpec, purpose: Operation) -> AsyncIterator[_Entry]:
+        """The model's entry, with room for it in the memory; it is not evicted in the block."""
+        entry = await self._entry(spec, purpose)
+        entry.in_flight += 1
+        try:
+            await self._admit(entry)
+            yield entry
+        finally:
+            entry.in_flight -= 1
+            entry.used_at = time.monotonic()
+            if not entry.in_flight:
+                entry.idle.set()
 
     async def _entry(self, spec: ModelSpec, purpose: Operation) -> _Entry:
         # A file may lie on a network: even looking at it can take long.
@@ -350,18 +356,6 @@ class Gateway:
         for key in [key for key, one in self._entries.items() if one is entry]:
             del self._entries[key]
         await entry.backend.close()
-
-
-@contextmanager
-def _in_use(entry: _Entry) -> Iterator[None]:
-    entry.in_flight += 1
-    try:
-        yield
-    finally:
-        entry.in_flight -= 1
-        entry.used_at = time.monotonic()
-        if not entry.in_flight:
-            entry.idle.set()
 
 
 def _openai(spec: ModelSpec) -> Backend:
