@@ -66,7 +66,7 @@ def write_bert(path: Path, *, scores: bool = False, causal: bool | None = False,
     writer.add_layer_norm_eps(1e-12)
     if causal is not None:
         writer.add_causal_attention(causal)
-    writer.add_pooling_type(options.get("pooling", PoolingType.RANK if scores else PoolingType.CLS))
+    writer.add_pooling_type(PoolingType(options.get("pooling", PoolingType.RANK if scores else PoolingType.CLS)))
     tokens = _add_words(writer)
     if "template" in options:
         writer.add_chat_template([{"name": "rerank", "template": options["template"]}])
