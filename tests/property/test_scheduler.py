@@ -8,10 +8,12 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("llama_cpp")
+import llama_cpp
+
 import batching
 from batching import decodes
 from demandport.inference.library import tiny_path
@@ -28,6 +30,8 @@ PROMPTS = [
     "Hello",
 ]
 SEQUENCES = 3
+DEFAULTS = llama_cpp.llama_context_default_params
+GGML_TYPE_F32 = 0
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +196,15 @@ FAMILIES = [
 SIZES = [(1, 256, 256), (2, 512, 256), (3, 768, 256), (5, 512, 256), (16, 1024, 256)]
 
 
+def exact() -> Any:
+    """Parameters of a context that keeps 32-bit floats. With 16 bits, rounding hangs on who else was in a decode, and a
+    token that is drawn, not the most likely one, can be another when its number falls on a border."""
+    found = DEFAULTS()
+    found.type_k = found.type_v = GGML_TYPE_F32
+    found.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return found
+
+
 @pytest.fixture(scope="module")
 def models() -> Iterator[Callable[[tuple[int, int, int]], Model]]:
     """A model of each size, loaded once."""
@@ -201,6 +214,7 @@ def models() -> Iterator[Callable[[tuple[int, int, int]], Model]]:
         if size not in loaded:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("demandport.llama.model.SHARED_CELLS", size[1])
+                patch.setattr("llama_cpp.llama_context_default_params", exact)
                 loaded[size] = Model(tiny_path(), threads=1, sequences=size[0], context_length=size[2])
         return loaded[size]
 
@@ -239,7 +253,7 @@ COMPANY = st.lists(
                 optional={"deadline_ms": st.sampled_from([10, 30]), "logprobs": st.just(2)},
             ),
         ),
-        st.tuples(st.sampled_from(["cancel", "cancel from elsewhere"]), st.integers(1, 12)),
+        st.tuples(st.sampled_from(["cancel", "cancel from elsewhere"]), st.integers(0, 5)),
         st.tuples(st.just("steps"), st.integers(1, 12)),
         st.tuples(st.just("time"), st.integers(1, 20)),
     ),
@@ -248,35 +262,74 @@ COMPANY = st.lists(
 )
 
 
-@settings(max_examples=count(150, 5000))
-@given(company=COMPANY, size=st.sampled_from(SIZES), chunk=st.sampled_from([8, 40, 240]))
-def test_prompts_that_begin_alike_share_cells_and_nothing_else(
-    models: Any, family_alone: Any, company: list[Any], size: tuple[int, int, int], chunk: int
-) -> None:
-    bench, asked, cancelled = batching.Bench(models(size), chunk), {}, set()
-    for kind, *facts in company:
+class Company:
+    """Requests for prompts of `FAMILIES` that come, run, are cancelled and expire."""
+
+    def __init__(self, model: Model, chunk: int) -> None:
+        self.bench = batching.Bench(model, chunk)
+        #: Prompt, seed and deadline of each.
+        self.asked: dict[int, tuple[int, int | None, float]] = {}
+        self.cancelled: set[int] = set()
+
+    def act(self, kind: str, *facts: Any) -> None:
+        bench = self.bench
         if kind == "submit":
-            id = len(asked) + 1
-            asked[id] = facts[0], facts[1], bench.now + facts[2].get("deadline_ms", 1e9) / 1000
-            bench.raw(id, FAMILIES[facts[0]], 12, **chance(facts[1]), **facts[2])
+            prompt, seed, options = facts
+            id = len(self.asked) + 1
+            self.asked[id] = prompt, seed, bench.now + options.get("deadline_ms", 1e9) / 1000
+            bench.raw(id, FAMILIES[prompt], 12, **chance(seed), **options)
         elif kind == "steps":
             for _ in range(facts[0]):
                 bench.run(1)
                 bench.check()
         elif kind == "time":
             bench.now += facts[0] / 1000
-        elif facts[0] in asked:
-            cancelled.add(facts[0])
-            bench.scheduler.cancel(facts[0]) if "from" in kind else bench.scheduler.settle_cancel(facts[0])
-    bench.run()
-    assert bench.is_empty()
-    for id, (prompt, seed, deadline) in asked.items():
-        end = bench.end(id)
-        if end == "done":
-            assert bench.text(id) == family_alone(prompt, seed)
-        else:
-            assert family_alone(prompt, seed).startswith(bench.text(id))
-            assert id in cancelled if end == "cancelled" else end == "deadline_exceeded" and bench.now >= deadline
+        elif len(self.asked) > facts[0]:  # one of the last that came
+            id = len(self.asked) - facts[0]
+            self.cancelled.add(id)
+            bench.scheduler.cancel(id) if "from" in kind else bench.scheduler.settle_cancel(id)
+            bench.check()
+
+    def each_got_its_own(self, alone: Any) -> None:
+        bench = self.bench
+        bench.run()
+        assert bench.is_empty()
+        for id, (prompt, seed, deadline) in self.asked.items():
+            end, expected = bench.end(id), alone(prompt, seed)
+            if end == "done":
+                assert bench.text(id) == expected
+                continue
+            assert expected.startswith(bench.text(id))
+            assert id in self.cancelled if end == "cancelled" else end == "deadline_exceeded" and bench.now >= deadline
+
+
+@given(company=COMPANY, size=st.sampled_from(SIZES), chunk=st.sampled_from([8, 40, 240]))
+def test_prompts_that_begin_alike_share_cells_and_nothing_else(
+    models: Any, family_alone: Any, company: list[Any], size: tuple[int, int, int], chunk: int
+) -> None:
+    tested = Company(models(size), chunk)
+    for action in company:
+        tested.act(*action)
+    tested.each_got_its_own(family_alone)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("round", range(count(3, 200)))
+def test_in_a_crowd_too(models: Any, family_alone: Any, size: tuple[int, int, int], round: int) -> None:
+    """So many that slots and cells are short all the time, and what was left is thrown out."""
+    numbers = random.Random(f"{size} {round}")
+    tested = Company(models(size), numbers.choice([8, 40, 240]))
+    for _ in range(40):
+        for _ in range(numbers.randint(0, 3)):
+            options = {"priority": numbers.choice([0, 0, 5])}
+            if numbers.random() < 0.1:
+                options["deadline_ms"] = 30
+            tested.act("submit", numbers.randrange(len(FAMILIES)), numbers.choice([None, 3]), options)
+        tested.act("time", 3)
+        tested.act("steps", numbers.randint(1, 9))
+        if numbers.random() < 0.4:
+            tested.act(numbers.choice(["cancel", "cancel from elsewhere"]), numbers.randint(0, 3))
+    tested.each_got_its_own(family_alone)
 
 
 @pytest.fixture
@@ -476,6 +529,7 @@ def test_after_ten_thousand_cancels_everything_is_free(models: Any, family_alone
         id = ids[-1]
         for one in ids:
             bench.raw(one, FAMILIES[numbers.randrange(len(FAMILIES))], 12, priority=numbers.randint(0, 1))
+        bench.run(numbers.randint(0, 3))
         for one in numbers.sample(ids, len(ids)):
             if numbers.random() < 0.06:
                 bench.run(numbers.randint(1, 3))
