@@ -135,3 +135,38 @@ def test_cancelled_ones_leave_nothing_applied(model, files):
         bench.scheduler.settle_cancel(1)
         bench.run()
         assert bench.text(2) == expected and bench.is_empty()
+
+
+def fail_next(model, monkeypatch):
+    """Have the next decode fail in llama.cpp."""
+    decode = model.decode
+
+    def fail():
+        monkeypatch.setattr(model, "decode", decode)
+        model.batch.handle.token[0] = -5  # no such token
+        decode()
+
+    monkeypatch.setattr(model, "decode", fail)
+
+
+def test_a_decode_that_fails_ends_those_in_it_and_no_one_that_waits(model, files, monkeypatch):
+    bench = Bench(model)
+    for id in range(model.sequences + 2):
+        bench.raw(id, LONG, 8)
+    bench.run(3)
+    fail_next(model, monkeypatch)
+    bench.run()
+    ends = [bench.end(id) for id in range(model.sequences + 2)]
+    assert ends == ["internal"] * model.sequences + ["done"] * 2 and bench.is_empty()
+    assert text(model).startswith(bench.text(model.sequences))
+
+
+@pytest.mark.xfail(strict=True, reason="a decode that fails ends all that run")
+def test_a_decode_that_fails_ends_none_whose_turn_it_was_not(model, files, monkeypatch):
+    bench = Bench(model)
+    bench.raw(1, LONG, 8, adapters=[{"path": files[0]}])
+    bench.raw(2, LONG, 8)
+    bench.run(4)
+    fail_next(model, monkeypatch)
+    bench.run()
+    assert sorted([bench.end(1), bench.end(2)]) == ["done", "internal"] and bench.is_empty()
