@@ -1,6 +1,7 @@
-"""Stands before the real llama_cpp in a model worker, as a library that prints wherever it can, or that hangs.
+"""Stands before the real llama_cpp in a model worker, as a library that prints wherever it can, that hangs, or that ends
+the process as a failed assertion does.
 
-STALL names the call that hangs, as `function:number`. It opens the FIFO that GATE names, then it sleeps in C with
+ABORT names the call that aborts, as `function:number`. STALL names the call that hangs, as `function:number`. It opens the FIFO that GATE names, then it sleeps in C with
 Python's lock held, so that no thread of the worker gets a turn.
 """
 
@@ -27,6 +28,8 @@ def _wrap(name: str) -> None:
         number = next(numbers)
         if number == 1:
             print_in_every_way("a worker")
+        if os.environ.get("ABORT") == f"{name}:{number}":
+            os.abort()
         if os.environ.get("STALL") == f"{name}:{number}":
             open(os.environ["GATE"], "w").close()
             ctypes.PyDLL(None).sleep(1000)
