@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from demandport.errors import BackendUnavailable, ModelLoadFailed, OutOfMemory
 from demandport.inference import caches, memory
@@ -53,8 +53,6 @@ class _Entry:
     file: tuple[int, int, int, int] | None
     size_bytes: int
     backend: Backend
-    #: There is room for it in the memory.
-    admitted: bool = False
     in_flight: int = 0
     used_at: float = 0.0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -237,7 +235,6 @@ class Gateway:
         entry = self._entries.get(key)
         if entry is None:
             entry = self._entries[key] = self._new_entry(key, spec, found, purpose)
-            await self._drop_replaced(entry)
         return entry
 
     async def _drop_replaced(self, entry: _Entry) -> None:
@@ -251,7 +248,8 @@ class Gateway:
             return model.get("id") in (entry.id, str(entry.path))
         known = self._known.get(self._spec(model).model)
         names = (entry.id, entry.spec.model, str(entry.path))
-        return model in names or entry.spec == self.config.models.get(model) or (known and known.path) == entry.path
+        same_file = known is not None and known.identity == entry.file
+        return model in names or same_file or entry.spec == self.config.models.get(model)
 
     def _find(self, spec: ModelSpec) -> _Found:
         """Where the model lies. Blocks."""
@@ -279,7 +277,7 @@ class Gateway:
             backend = each[0] if len(each) == 1 else Replicas(each, spec.balance)
             path, size = found.path, found.size_bytes + WORKER_BYTES * spec.replicas
         id = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
-        return _Entry(id, spec, path, None if found is None else found.identity, size, backend, admitted=found is None)
+        return _Entry(id, spec, path, None if found is None else found.identity, size, backend)
 
     def _local(self, key: ModelKey, spec: ModelSpec, found: _Found, purpose: Operation, restarts: Restarts) -> Backend:
         """A backend whose process is ours."""
@@ -324,33 +322,35 @@ class Gateway:
         Raises:
             OutOfMemory: those that are in use leave none.
         """
-        if entry.admitted:
+        if _present(entry):
             return
         async with self._admitting:
+            await self._drop_replaced(entry)
             limit = self.config.memory_limit_bytes or memory.default_limit_bytes()
-            while not entry.admitted:
-                used = await self._used_bytes()
-                if used + entry.size_bytes <= limit:
-                    entry.admitted = True
-                    return
-                idle = [one for one in self._entries.values() if one.admitted and one.size_bytes and not one.in_flight]
-                if not idle:
-                    if entry.in_flight == 1:  # nobody else waits for it
-                        self._entries = {key: one for key, one in self._entries.items() if one is not entry}
-                    facts = {"needed_bytes": entry.size_bytes, "used_bytes": used, "limit_bytes": limit}
-                    raise OutOfMemory(
-                        f"model {entry.spec.model} needs about {entry.size_bytes >> 20} MiB; models in use hold "
-                        f"{used >> 20} of the {limit >> 20} MiB they may",
-                        details=facts,
-                    )
+            held = {} if _present(entry) else await self._held_bytes()
+            while not _present(entry) and sum(held.values()) + entry.size_bytes > limit:
+                idle = [one for one in self._entries.values() if held.get(one) and not one.in_flight]
+                in_use = sum(held.values()) - sum(held[one] for one in idle)
+                if in_use + entry.size_bytes > limit:
+                    self._refuse(entry, in_use, limit)
                 await self._unload(min(idle, key=lambda one: one.used_at))
+                held = await self._held_bytes()
 
-    async def _used_bytes(self) -> int:
+    def _refuse(self, entry: _Entry, in_use: int, limit: int) -> NoReturn:
+        if entry.in_flight == 1:  # nobody else waits for it
+            self._entries = {key: one for key, one in self._entries.items() if one is not entry}
+        raise OutOfMemory(
+            f"model {entry.spec.model} needs about {entry.size_bytes >> 20} MiB; models in use hold "
+            f"{in_use >> 20} of the {limit >> 20} MiB they may",
+            details={"needed_bytes": entry.size_bytes, "used_bytes": in_use, "limit_bytes": limit},
+        )
+
+    async def _held_bytes(self) -> dict[_Entry, int]:
         """What the models hold that are loaded, and what those will that are being loaded."""
-        pids = {one.id: _pids(one) for one in self._entries.values() if one.admitted}
-        measured = await asyncio.to_thread(memory.held_bytes, pids)
-        loading = {one.id: one.size_bytes for one in self._entries.values() if one.backend.health().state == "loading"}
-        return sum(max(held, loading.get(id, 0)) for id, held in measured.items())
+        entries = [one for one in self._entries.values() if one.size_bytes and _present(one)]
+        measured = await asyncio.to_thread(memory.held_bytes, {one.id: _pids(one) for one in entries})
+        loading = {one for one in entries if one.backend.health().state == "loading"}
+        return {one: max(measured[one.id], one.size_bytes if one in loading else 0) for one in entries}
 
     async def _unload(self, entry: _Entry) -> None:
         for key in [key for key, one in self._entries.items() if one is entry]:
@@ -380,6 +380,11 @@ def _identity(path: Path) -> tuple[int, int, int, int]:
 
 def _each(entry: _Entry) -> Sequence[Backend]:
     return entry.backend.backends if isinstance(entry.backend, Replicas) else [entry.backend]
+
+
+def _present(entry: _Entry) -> bool:
+    """It is loaded, or being loaded, or takes no memory of this machine that we know of."""
+    return not entry.size_bytes or all(one.health().state in ("loading", "ready") for one in _each(entry))
 
 
 def _pids(entry: _Entry) -> list[int]:

@@ -328,6 +328,7 @@ class LlamaCppBackend:
             self._fail_all(BackendUnavailable(f"no worker can be started: {failed}"))
             return
         self._worker = worker
+        self._watch()
         self._last_id += 1
         self._load_id = self._last_id
         spec = self.spec

@@ -42,6 +42,8 @@ class _Sequence:
         self.prompt: list[int] = []
         #: Most tokens it may generate, and how many it has.
         self.limit = 0
+        #: What the file of its KV cache says, if there is one.
+        self.saved: caches.KvCache | None = None
         self.generated = 0
         #: Tokens of the prompt that were computed, not found.
         self.computed = 0
@@ -176,12 +178,15 @@ class Scheduler:
             raise ContextOverflow("the prompt has no tokens", details=facts)
         sequence.prompt = prompt
         sequence.limit = request.max_tokens or min(DEFAULT_MAX_TOKENS, room - count)
+        if request.kv_cache is not None and request.kv_cache.get("file") is not None:
+            sequence.saved = caches.read(Path(request.kv_cache["file"]))
+            caches.check_use(sequence.saved, self._model.fingerprint, sequence.adapters)
 
     def _admit(self) -> None:
         """Let in who stands first: one that finds no room holds those behind it, so that it gets its turn."""
         while self._waiting and self._waiting[0].prompt:
             sequence = self._waiting[0]
-            cells = len(sequence.prompt) + sequence.limit
+            cells = self._cells_for(sequence)
             if not self._cells.fits(cells):
                 return
             with self._alone(sequence):
@@ -198,17 +203,17 @@ class Scheduler:
             model.vocabulary, model.tokens, model.context_length, sequence.request, sequence.seed, sequence.prompt
         )
 
+    def _cells_for(self, sequence: _Sequence) -> int:
+        """What it may become; a saved state, of which it may need only the beginning, is read as a whole."""
+        saved = 0 if sequence.saved is None else len(sequence.saved.tokens)
+        return min(max(len(sequence.prompt) + sequence.limit, saved), self._model.cells)
+
     def _restore(self, sequence: _Sequence) -> None:
         """Fill its cells from where its KV cache was saved, unless they hold as much already."""
-        request, slot = sequence.request, sequence.slot
+        request, slot, saved = sequence.request, sequence.slot, sequence.saved
         assert slot is not None
-        if request.kv_cache is None or request.kv_cache.get("file") is None:
-            return
-        path = Path(request.kv_cache["file"])
-        saved = caches.read(path)
-        caches.check_use(saved, self._model.fingerprint, sequence.adapters)
-        if self._cells.gains(slot, saved.tokens):
-            self._cells.restore(slot, saved.tokens, caches.read_state(path))
+        if saved is not None and request.kv_cache is not None and self._cells.gains(slot, saved.tokens):
+            self._cells.restore(slot, saved.tokens, caches.read_state(Path(request.kv_cache["file"])))
 
     # -------------------------------------------------------------------------------------- what runs
 

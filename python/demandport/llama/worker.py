@@ -21,6 +21,7 @@ from demandport.errors import BackendUnavailable, DemandportError, Internal
 from demandport.workers.child import Channel, Message
 
 if TYPE_CHECKING:
+    from demandport.inference.backend import Operation
     from demandport.llama.model import Model
 
 _PROGRESS_STEPS = 20
@@ -101,8 +102,11 @@ class Worker:
             self._channel.send(["error", request_id, wrapped.to_wire()])
 
     def _load(self, request_id: int, spec: dict[str, Any]) -> dict[str, Any]:
+        purpose: Operation = spec.get("purpose") or "generate"
         if self._runner is not None:
             raise Internal("this worker has a model already")
+        if purpose not in ("generate", "embed", "rerank"):
+            raise Internal(f"a model is loaded to generate, embed or rerank, not to {purpose}")
         try:
             from demandport.llama.model import Model
         except ImportError as failed:
@@ -113,11 +117,11 @@ class Worker:
             gpu_layers=spec.get("gpu_layers") or 0,
             threads=spec.get("threads"),
             sequences=SEQUENCES,
-            purpose=spec.get("purpose") or "generate",
+            purpose=purpose,
             progress=self._reporter(request_id, spec["size_bytes"]),
         )
         try:
-            self._start(model, spec.get("purpose") or "generate")
+            self._start(model, purpose)
         except BaseException:
             model.close()
             raise
