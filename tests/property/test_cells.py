@@ -205,6 +205,23 @@ def test_the_only_slot_is_taken_over_as_far_as_it_is_alike() -> None:
         check(cells, memory)
 
 
+def test_what_was_left_is_kept_while_slots_are_empty_and_then_the_oldest_goes() -> None:
+    memory = Memory(3, 1000)
+    cells = Cells(memory)  # type: ignore[arg-type]
+    first, second, third = (cells.take([number] * 50, 60, ()) for number in (1, 2, 3))
+    cells.copy_what_is_there()
+    for slot in (first, second):
+        for _ in range(50):
+            memory.compute(slot)
+    for slot in (second, first, third):  # the last one has computed nothing
+        cells.give_back(slot)
+    taken = cells.take([4] * 50, 60, ())
+    assert (taken, first.placed, second.placed) == (third, 50, 50)
+    assert cells.take([5] * 50, 60, ()) is second
+    assert cells.take([1] * 50, 60, ()).placed == 49
+    check(cells, memory)
+
+
 def test_what_was_left_longest_ago_makes_room_first() -> None:
     memory = Memory(4, 300)
     cells = Cells(memory)  # type: ignore[arg-type]

@@ -465,6 +465,19 @@ def test_one_that_finds_no_room_is_not_overtaken_by_smaller_ones(models: Any) ->
     assert bench.order.index(1) < min(map(bench.order.index, (3, 4))) and bench.is_empty()
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_one_joins_when_all_it_may_become_fits_and_not_before(models: Any, more: int) -> None:
+    model = models((2, 768, 512))
+    bench, tokens = batching.Bench(model), len(prompt_tokens(model, "Hello")[0])
+    bench.raw(1, "Hello", 400 - tokens, grammar="root ::= [a-z ]{600}")
+    bench.raw(2, "Hello", model.cells - 400 - tokens + more, grammar="root ::= [a-z ]{600}")
+    bench.run(3)
+    assert len(bench.scheduler._running) == 2 - more
+    bench.check()
+    bench.run()
+    assert bench.end(1) == bench.end(2) == "done" and bench.is_empty()
+
+
 def test_too_long_a_prompt_is_refused_before_work_while_all_slots_are_taken(one: Model) -> None:
     bench = batching.Bench(one)
     bench.raw(1, "Hello", 100, grammar="root ::= [a-z ]{300}")
