@@ -124,7 +124,6 @@ def test_a_malformed_load_is_refused_and_the_next_one_works():
     run(body)
 
 
-@pytest.mark.xfail(strict=True, reason="any purpose but generating counts as embedding")
 def test_a_purpose_that_is_none_is_refused():
     async def body(worker):
         code(await worker.load(purpose="dance"))

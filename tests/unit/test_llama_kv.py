@@ -146,10 +146,7 @@ def test_a_saved_one_is_computed_no_more(model, tmp_path):
     with_nothing(model, loaded | {"file": str(tmp_path / "mine.kv")}, expected.text(1))
 
 
-FEW = pytest.mark.xfail(strict=True, reason="a state of more tokens than the request has cells for is not restored")
-
-
-@pytest.mark.parametrize("cut", [-3, pytest.param(-40, marks=FEW), pytest.param(60, marks=FEW)])
+@pytest.mark.parametrize("cut", [-3, -40, 60])
 def test_a_part_of_a_saved_one_is_computed_no_more(model, tmp_path, cut):
     _, cache = first(model)
     save(model, cache, tmp_path / "mine.kv")
