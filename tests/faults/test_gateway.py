@@ -530,7 +530,7 @@ def test_unloading_forgets_a_quarantine(
 @pytest.mark.parametrize("replicas", [2, 3])
 def test_replicas_share_the_work_and_say_the_same(replicas: int, balance: str, spawned: list[WorkerProcess]) -> None:
     async def body(gateway: Gateway) -> None:
-        spec = ModelSpec("tiny", replicas=replicas, balance=balance)
+        spec = ModelSpec("tiny", replicas=replicas, balance=balance, threads=1)
         model = await gateway.load_model(spec)
         assert len({one["os_pid"] for one in model["replicas"]}) == replicas == len(spawned)
         for one in model["replicas"]:
@@ -548,7 +548,7 @@ def test_replicas_share_the_work_and_say_the_same(replicas: int, balance: str, s
 
 def test_one_of_three_killed_under_load_fails_its_own_streams_alone_and_comes_back() -> None:
     async def body(gateway: Gateway) -> None:
-        spec = ModelSpec("tiny", replicas=3)
+        spec = ModelSpec("tiny", replicas=3, threads=1)
         pids = [one["os_pid"] for one in (await gateway.load_model(spec))["replicas"]]
         for pid in pids:
             signalled(pid, signal.SIGSTOP)
@@ -741,7 +741,7 @@ def test_answers_follow_their_schema() -> None:
 def test_what_a_grammar_cannot_say_is_found_by_the_last_look() -> None:
     async def body(gateway: Gateway) -> None:
         odd = {"type": "array", "items": {"type": "null"}, "minItems": 2, "maxItems": 3, "uniqueItems": True}
-        with pytest.raises(errors.TypeMismatch, match="does not follow json_schema.*unique") as caught:
+        with pytest.raises(errors.TypeMismatch, match=r"does not follow json_schema.*unique") as caught:
             await answered(gateway, odd)
         assert (caught.value.details or {})["finish_reason"] == "stop" and caught.value.node == "it"
 

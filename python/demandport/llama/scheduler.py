@@ -126,12 +126,14 @@ class Scheduler:
             self._admit()
         if not self._running:
             return self.busy
+        self._cells.copy_what_is_there()
+        running = self._whose_turn()
         try:
-            choosing, generating, prompt_tokens = self._compose()
+            choosing, generating, prompt_tokens = self._compose(running)
             started = self._clock()
             self._model.decode()
         except DemandportError as failed:
-            for sequence in list(self._running):
+            for sequence in running:
                 assert sequence.slot is not None
                 self._cells.spoil(sequence.slot)
                 self._fail(sequence, failed)
@@ -217,13 +219,11 @@ class Scheduler:
 
     # -------------------------------------------------------------------------------------- what runs
 
-    def _compose(self) -> tuple[list[tuple[_Sequence, int]], int, int]:
+    def _compose(self, running: list[_Sequence]) -> tuple[list[tuple[_Sequence, int]], int, int]:
         """Fill the batch; returns the sequences that choose a token after the decode, each with its output's index, and
         how many tokens of generations and of prompts there are."""
         batch = self._model.batch
         batch.clear()
-        self._cells.copy_what_is_there()
-        running = self._whose_turn()
         choosing, reading = [], []
         for sequence in running:
             slot = sequence.slot
@@ -246,7 +246,7 @@ class Scheduler:
     def _whose_turn(self) -> list[_Sequence]:
         """All that run; where they have different adapters, those of one set after the other."""
         first = self._running[0].adapters
-        running = self._running
+        running = list(self._running)
         if any(sequence.adapters != first for sequence in running):
             sets = list(dict.fromkeys(sequence.adapters for sequence in running))
             self._turn += 1
