@@ -161,7 +161,6 @@ def test_a_decode_that_fails_ends_those_in_it_and_no_one_that_waits(model, files
     assert text(model).startswith(bench.text(model.sequences))
 
 
-@pytest.mark.xfail(strict=True, reason="a decode that fails ends all that run")
 def test_a_decode_that_fails_ends_none_whose_turn_it_was_not(model, files, monkeypatch):
     bench = Bench(model)
     bench.raw(1, LONG, 8, adapters=[{"path": files[0]}])

@@ -274,6 +274,30 @@ def test_a_damaged_file_fails_its_own_request_alone(model, tmp_path):
         fresh.close()
 
 
+@pytest.mark.xfail(
+    strict=True, reason="what the file says is read when the request comes, its state when its turn comes"
+)
+def test_a_file_that_is_written_anew_while_the_request_waits_is_not_mixed_up(model, tmp_path):
+    _, cache = first(model)
+    path, expected = tmp_path / "mine.kv", go_on(model, cache)[0].text(1)
+    save(model, cache, path)
+    foreign = go_on(model, cache, prompt="", grammar="root ::= [x-z]{30}")[0].result(1)["kv_cache"]
+    unlike = KvCache.from_plain(foreign)
+    unlike = KvCache(unlike.fingerprint, (unlike.tokens[0], *unlike.tokens[:0:-1])).to_plain()
+    fresh = Model(tiny_path(), sequences=1, threads=1)
+    try:
+        bench = Bench(fresh)
+        bench.raw(1, "Hello", 5)
+        bench.run(1)
+        bench.raw(2, THEN, 12, kv_cache=cache | {"file": str(path)})
+        bench.run(2)
+        save(model, unlike, path)
+        bench.run()
+    finally:
+        fresh.close()
+    assert bench.end(1) == "done" and bench.text(2) == expected
+
+
 def test_a_folder_that_cannot_be_written_fails_the_save_alone(model, tmp_path):
     _, cache = first(model)
     (tmp_path / "file").write_text("x")
