@@ -274,9 +274,7 @@ def test_a_damaged_file_fails_its_own_request_alone(model, tmp_path):
         fresh.close()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="what the file says is read when the request comes, its state when its turn comes"
-)
+@pytest.mark.xfail(strict=True, reason="tokens and state are read at two moments")
 def test_a_file_that_is_written_anew_while_the_request_waits_is_not_mixed_up(model, tmp_path):
     _, cache = first(model)
     path, expected = tmp_path / "mine.kv", go_on(model, cache)[0].text(1)
