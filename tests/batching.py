@@ -80,8 +80,7 @@ class Bench:
         self.check()
         cells = self.scheduler._cells
         free = len(cells.free), cells.free_cells
-        nothing = not self.scheduler.busy and self.scheduler._unread == 0
-        return free == (self.model.sequences, self.model.cells) and nothing
+        return free == (self.model.sequences, self.model.cells) and not self.scheduler.busy
 
     def check(self) -> None:
         """What holds between two steps: the cells are counted right, and llama.cpp holds what the slots say."""

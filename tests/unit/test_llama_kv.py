@@ -296,6 +296,14 @@ def test_a_file_that_is_written_anew_while_the_request_waits_is_not_mixed_up(mod
     assert bench.end(1) == "done" and bench.text(2) == expected
 
 
+@pytest.mark.xfail(strict=True, reason="its prompt is there when its file turns out to be damaged")
+def test_one_that_is_refused_for_its_file_counts_as_waiting_no_more(model, tmp_path):
+    bench = Bench(model)
+    bench.raw(1, THEN, 8, kv_cache=first(model)[1] | {"file": str(tmp_path / "nowhere.kv")})
+    bench.run()
+    assert bench.end(1) == "model_not_found" and bench.scheduler._unread == 0
+
+
 def test_a_folder_that_cannot_be_written_fails_the_save_alone(model, tmp_path):
     _, cache = first(model)
     (tmp_path / "file").write_text("x")
