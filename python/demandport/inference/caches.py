@@ -149,9 +149,9 @@ def read(path: Path) -> KvCache:
     return _read(path)[0]
 
 
-def read_state(path: Path) -> bytes:
-    """What the model had computed for a saved cache. Blocks. Raises as `read`."""
-    return _read(path, state=True)[1]
+def read_whole(path: Path) -> tuple[KvCache, bytes]:
+    """A saved cache and what the model had computed for it. Blocks. Raises as `read`."""
+    return _read(path, state=True)
 
 
 def _read(path: Path, state: bool = False) -> tuple[KvCache, bytes]:
@@ -170,6 +170,8 @@ def _read(path: Path, state: bool = False) -> tuple[KvCache, bytes]:
             tokens = array("i", _check(file.read(count * 4), header["tokens_sha256"]))
             adapters = tuple((str(path), float(scale)) for path, scale in header["adapters"])
             content = _check(file.read(state_bytes), header["state_sha256"]) if state else b""
+            if not isinstance(header["model"], dict):
+                raise ValueError("its model is no map")
             return KvCache(str(header["fingerprint"]), tuple(tokens), adapters, path.stem, header["model"]), content
     except FileNotFoundError:
         raise ModelNotFound(f"there is no saved KV cache {path.stem!r}") from None

@@ -123,11 +123,12 @@ class Cells:
         return best
 
     def _target(self, source: Slot | None, shared: int) -> Slot:
-        """The free slot to take: the source itself where the prompt goes on from all it holds, else an empty one, else
-        the one that was left longest ago."""
-        if source is not None and not source.cells and source.placed == shared:
-            return source
-        return next((slot for slot in self.free if not slot.placed), self.free[0])
+        """The free slot by whose taking least is lost; of several the source, else the one left longest ago."""
+
+        def lost(slot: Slot) -> tuple[int, bool]:
+            return slot.placed - (shared if slot is source else 0), slot is not source
+
+        return min(self.free, key=lost)
 
     def _copy(self, source: Slot, target: Slot, count: int) -> None:
         target.source = None

@@ -131,8 +131,7 @@ class Model:
             params.embeddings = True
             params.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_RANK if purpose == "rerank" else self._pooling()
         params.n_seq_max = sequences
-        params.n_threads = self.threads  # for one token at a time; a batch is always worth all cores
-        params.n_threads_batch = threads or _cores()
+        params.n_threads = params.n_threads_batch = self.threads
         params.kv_unified = True
         params.no_perf = True
         # It warns of more cells than the model was trained with, but no sequence gets more than its share.

@@ -42,8 +42,8 @@ class _Sequence:
         self.prompt: list[int] = []
         #: Most tokens it may generate, and how many it has.
         self.limit = 0
-        #: What the file of its KV cache says, if there is one.
-        self.saved: caches.KvCache | None = None
+        #: Tokens in the file of its KV cache, if there is one.
+        self.saved = 0
         self.generated = 0
         #: Tokens of the prompt that were computed, not found.
         self.computed = 0
@@ -178,11 +178,10 @@ class Scheduler:
             raise ContextOverflow(said, details=facts)
         if not count:
             raise ContextOverflow("the prompt has no tokens", details=facts)
-        sequence.prompt = prompt
+        file = _cache_file(request)
+        sequence.saved = 0 if file is None else len(caches.read(file).tokens)
         sequence.limit = request.max_tokens or min(DEFAULT_MAX_TOKENS, room - count)
-        if request.kv_cache is not None and request.kv_cache.get("file") is not None:
-            sequence.saved = caches.read(Path(request.kv_cache["file"]))
-            caches.check_use(sequence.saved, self._model.fingerprint, sequence.adapters)
+        sequence.prompt = prompt
 
     def _admit(self) -> None:
         """Let in who stands first: one that finds no room holds those behind it, so that it gets its turn."""
@@ -207,15 +206,19 @@ class Scheduler:
 
     def _cells_for(self, sequence: _Sequence) -> int:
         """What it may become; a saved state, of which it may need only the beginning, is read as a whole."""
-        saved = 0 if sequence.saved is None else len(sequence.saved.tokens)
-        return min(max(len(sequence.prompt) + sequence.limit, saved), self._model.cells)
+        return min(max(len(sequence.prompt) + sequence.limit, sequence.saved), self._model.cells)
 
     def _restore(self, sequence: _Sequence) -> None:
         """Fill its cells from where its KV cache was saved, unless they hold as much already."""
-        request, slot, saved = sequence.request, sequence.slot, sequence.saved
+        file, slot = _cache_file(sequence.request), sequence.slot
+        if file is None:
+            return
         assert slot is not None
-        if saved is not None and request.kv_cache is not None and self._cells.gains(slot, saved.tokens):
-            self._cells.restore(slot, saved.tokens, caches.read_state(Path(request.kv_cache["file"])))
+        # Read anew: another may have been saved under the name since the request came.
+        saved, state = caches.read_whole(file)
+        caches.check_use(saved, self._model.fingerprint, sequence.adapters)
+        if self._cells.gains(slot, saved.tokens):
+            self._cells.restore(slot, saved.tokens, state)
 
     # -------------------------------------------------------------------------------------- what runs
 
@@ -366,6 +369,12 @@ class Scheduler:
             if sequence.deadline is not None and now >= sequence.deadline:
                 late = f"the deadline of {sequence.request.deadline_ms} ms has passed"
                 self._fail(sequence, DeadlineExceeded(late))
+
+
+def _cache_file(request: GenerateRequest) -> Path | None:
+    """Where the KV cache that it goes on from was saved, if it was."""
+    file = None if request.kv_cache is None else request.kv_cache.get("file")
+    return None if file is None else Path(file)
 
 
 def _scale(given: float | None) -> float:
