@@ -20,6 +20,8 @@ MAX_NESTING = 64
 MAX_REPETITION = 1000
 #: Places at which a text may be at once.
 MAX_PLACES = 20_000
+#: Elements of a rule when repetitions in it are written out.
+MAX_SIZE = 100_000
 MAX_SCHEMA_BYTES = 64 * 1024
 
 _TOKENS = re.compile(
@@ -123,8 +125,11 @@ def _check_grammar(grammar: str, parameter: str, nesting: int) -> None:
         depth += (kind == "open") - (kind == "close")
         if depth > nesting:
             raise TooLarge(f"parameter {parameter} is nested deeper than {nesting}")
-    if _most_places(_rules(grammar)) > MAX_PLACES:
+    places, size = _measured(_rules(grammar))
+    if places > MAX_PLACES:
         raise TooLarge(f"parameter {parameter} is ambiguous: a text may be at over {MAX_PLACES} places in it at once")
+    if size > MAX_SIZE:
+        raise TooLarge(f"parameter {parameter} has repetitions that written out are over {MAX_SIZE} elements")
 
 
 def _read(grammar: str) -> Iterator[tuple[str, str]]:
@@ -192,10 +197,19 @@ def _rules(grammar: str) -> _Rules:
     return rules
 
 
-def _most_places(rules: _Rules) -> int:
-    """At how many places a text may be where any of the rules begins, with no character read: what may be left out adds
-    the places after it. Rules that begin with themselves, which llama.cpp refuses, count as nothing there."""
-    known: dict[str, tuple[int, bool]] = {}
+class _Measure(NamedTuple):
+    """Of a rule: at how many places a text may be where it begins, before any character is read; its elements, with
+    those of groups, when repetitions are written out; and whether all of it may be left out."""
+
+    places: int = 0
+    size: int = 1
+    empty: bool = False
+
+
+def _measured(rules: _Rules) -> tuple[int, int]:
+    """The most places and the largest size of any rule. Rules that begin with themselves, which llama.cpp refuses,
+    count as nothing there."""
+    known: dict[str, _Measure] = {}
     opened: set[str] = set()
     for name in rules:
         waiting = [name]
@@ -208,19 +222,20 @@ def _most_places(rules: _Rules) -> int:
             else:
                 waiting.pop()
                 if rule not in known:
-                    known[rule] = _places(rules.get(rule, []), known)
-    return max(places for places, _ in known.values())
+                    known[rule] = _measure(rules.get(rule, []), known)
+    return max(one.places for one in known.values()), max(one.size for one in known.values())
 
 
-def _places(alternatives: list[list[_Element]], known: Mapping[str, tuple[int, bool]]) -> tuple[int, bool]:
-    """The places where a rule begins, and whether all of it may be left out."""
-    places, empty = 0, False
+def _measure(alternatives: list[list[_Element]], known: Mapping[str, _Measure]) -> _Measure:
+    places, size, empty = 0, 0, False
     for alternative in alternatives:
+        begins = True  # what may be left out adds the places after it
         for element in alternative:
-            here, absent = (1, False) if element.rule is None else known.get(element.rule, (0, False))
-            places = min(places + here * (element.times if absent else 1), MAX_PLACES + 1)
-            if not (absent or element.optional):
-                break
-        else:
-            empty = True
-    return places, empty
+            below = _Measure(places=1) if element.rule is None else known.get(element.rule, _Measure())
+            in_place = below.size if element.rule is not None and element.rule.startswith("(") else 1
+            size = min(size + in_place * element.times, MAX_SIZE + 1)
+            if begins:
+                places = min(places + below.places * (element.times if below.empty else 1), MAX_PLACES + 1)
+                begins = below.empty or element.optional
+        empty = empty or begins
+    return _Measure(places, max(size, 1), empty)
