@@ -20,8 +20,8 @@ MAX_NESTING = 64
 MAX_REPETITION = 1000
 #: Places at which a text may be at once.
 MAX_PLACES = 20_000
-#: Elements of a rule when repetitions in it are written out.
-MAX_SIZE = 100_000
+#: Repetitions within repetitions, multiplied.
+MAX_PRODUCT = 1_000_000
 MAX_SCHEMA_BYTES = 64 * 1024
 
 _TOKENS = re.compile(
@@ -96,10 +96,22 @@ def _check_counts(schema: Any) -> None:
                 count = item[name]
                 if isinstance(count, int | float) and count > MAX_REPETITION:
                     raise TooLarge(f"parameter json_schema has {name} over {MAX_REPETITION}")
-            for times in _COUNT.finditer(item["pattern"]) if isinstance(item.get("pattern"), str) else ():
-                _check_times(times.group(), "json_schema")
+            if isinstance(item.get("pattern"), str):
+                _check_pattern(item["pattern"])
         elif isinstance(item, list):
             waiting += item
+
+
+def _check_pattern(pattern: str) -> None:
+    for times in _COUNT.finditer(pattern):
+        _check_times(times.group(), "json_schema")
+    # Written nearly like a grammar: groups and repetitions are.
+    _check_repeats(_measured(_rules(pattern))[1], "json_schema")
+
+
+def _check_repeats(repeats: int, parameter: str) -> None:
+    if repeats > MAX_PRODUCT:
+        raise TooLarge(f"parameter {parameter} repeats repetitions, over {MAX_PRODUCT} times together")
 
 
 def _refused(parameter: str, what: str) -> TypeMismatch:
@@ -125,11 +137,10 @@ def _check_grammar(grammar: str, parameter: str, nesting: int) -> None:
         depth += (kind == "open") - (kind == "close")
         if depth > nesting:
             raise TooLarge(f"parameter {parameter} is nested deeper than {nesting}")
-    places, size = _measured(_rules(grammar))
+    places, repeats = _measured(_rules(grammar))
     if places > MAX_PLACES:
         raise TooLarge(f"parameter {parameter} is ambiguous: a text may be at over {MAX_PLACES} places in it at once")
-    if size > MAX_SIZE:
-        raise TooLarge(f"parameter {parameter} has repetitions that written out are over {MAX_SIZE} elements")
+    _check_repeats(repeats, parameter)
 
 
 def _read(grammar: str) -> Iterator[tuple[str, str]]:
@@ -198,16 +209,16 @@ def _rules(grammar: str) -> _Rules:
 
 
 class _Measure(NamedTuple):
-    """Of a rule: at how many places a text may be where it begins, before any character is read; its elements, with
-    those of groups, when repetitions are written out; and whether all of it may be left out."""
+    """Of a rule: at how many places a text may be where it begins, before any character is read; how often a thing in
+    it may come, repetitions within repetitions multiplied; and whether all of it may be left out."""
 
     places: int = 0
-    size: int = 1
+    repeats: int = 1
     empty: bool = False
 
 
 def _measured(rules: _Rules) -> tuple[int, int]:
-    """The most places and the largest size of any rule. Rules that begin with themselves, which llama.cpp refuses,
+    """The most places and the most repetitions of any rule. Rules that begin with themselves, which llama.cpp refuses,
     count as nothing there."""
     known: dict[str, _Measure] = {}
     opened: set[str] = set()
@@ -223,19 +234,18 @@ def _measured(rules: _Rules) -> tuple[int, int]:
                 waiting.pop()
                 if rule not in known:
                     known[rule] = _measure(rules.get(rule, []), known)
-    return max(one.places for one in known.values()), max(one.size for one in known.values())
+    return max(one.places for one in known.values()), max(one.repeats for one in known.values())
 
 
 def _measure(alternatives: list[list[_Element]], known: Mapping[str, _Measure]) -> _Measure:
-    places, size, empty = 0, 0, False
+    places, repeats, empty = 0, 1, False
     for alternative in alternatives:
         begins = True  # what may be left out adds the places after it
         for element in alternative:
             below = _Measure(places=1) if element.rule is None else known.get(element.rule, _Measure())
-            in_place = below.size if element.rule is not None and element.rule.startswith("(") else 1
-            size = min(size + in_place * element.times, MAX_SIZE + 1)
+            repeats = max(repeats, min(below.repeats * element.times, MAX_PRODUCT + 1))
             if begins:
                 places = min(places + below.places * (element.times if below.empty else 1), MAX_PLACES + 1)
                 begins = below.empty or element.optional
         empty = empty or begins
-    return _Measure(places, max(size, 1), empty)
+    return _Measure(places, repeats, empty)
