@@ -1,8 +1,8 @@
-"""Stands before the real llama_cpp in a model worker, as a library that prints wherever it can, that hangs, or that ends
-the process as a failed assertion does.
+"""Stands before the real llama_cpp in a model worker, as a library that prints wherever it can, that hangs, or that
+ends the process as a failed assertion does.
 
-ABORT names the call that aborts, as `function:number`. STALL names the call that hangs, as `function:number`. It opens the FIFO that GATE names, then it sleeps in C with
-Python's lock held, so that no thread of the worker gets a turn.
+ABORT and STALL name the call that aborts or hangs, as `function:number`. The one that hangs opens the FIFO that GATE
+names, then it sleeps in C with Python's lock held, so that no thread of the worker gets a turn.
 """
 
 from __future__ import annotations
