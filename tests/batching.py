@@ -20,7 +20,7 @@ class Chunks:
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
 
-    def prompt_tokens(self, _: int) -> int:
+    def prompt_tokens(self, *_: int) -> int:
         return self._tokens
 
     def took(self, *_: object) -> None:

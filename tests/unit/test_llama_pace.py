@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from demandport.llama.pace import LEAST, MOST, STEP_S, STRETCH, Pace
 
 SEQUENCES = 16
+#: Of a model that is guessed to take 10 ms per token of a prompt and 50 ms per step.
+BYTES = 1_000_000_000
 
 
 class Machine:
@@ -16,7 +18,7 @@ class Machine:
 
     def __init__(self, step_s: float, generation_s: float, token_s: float) -> None:
         self.step_s, self.generation_s, self.token_s = step_s, generation_s, token_s
-        self.pace = Pace(SEQUENCES)
+        self.pace = Pace(SEQUENCES, BYTES)
 
     def plain_s(self, generating: int) -> float:
         return self.step_s + generating * self.generation_s
@@ -28,12 +30,18 @@ class Machine:
         return tokens
 
 
-def test_what_is_not_known_begins_small_beside_others():
-    pace = Pace(SEQUENCES)
-    assert pace.prompt_tokens(3) == LEAST
-    assert LEAST <= pace.prompt_tokens(0) <= MOST
-    pace.took(0.01, 3, 0)
-    assert pace.prompt_tokens(3) == LEAST, "what a token of a prompt costs is not known yet"
+def test_what_is_not_known_is_guessed_from_the_size_of_the_model():
+    pace = Pace(SEQUENCES, BYTES)
+    assert pace.prompt_tokens(0) == 30, "0.3 s of 10 ms each"
+    assert pace.prompt_tokens(3) == LEAST, "1.2 times 50 ms would be 6"
+    assert Pace(SEQUENCES, BYTES // 100).prompt_tokens(0) == MOST
+
+
+def test_a_burst_is_read_in_one_step_where_that_does():
+    pace = Pace(SEQUENCES, BYTES)
+    assert pace.prompt_tokens(1, reading=2, backlog=30) == 30
+    assert pace.prompt_tokens(1, reading=2, backlog=31) == LEAST, "it would take more than one"
+    assert pace.prompt_tokens(2, reading=2, backlog=30) == LEAST, "as many would be held up"
 
 
 @pytest.mark.parametrize("token_s", [0.0002, 0.0005, 0.002])
@@ -58,17 +66,17 @@ def test_alone_a_step_lasts_no_longer_than_a_cancel_may_wait(token_s):
 
 
 def test_alone_and_beside_others_are_learned_apart():
-    pace = Pace(SEQUENCES)
+    pace = Pace(SEQUENCES, BYTES)
     pace.took(0.01, 2, 0)
-    pace.took(1.0, 0, 1000)
+    pace.took(1.0, 0, 500)
     assert pace.prompt_tokens(2) == LEAST
     pace.took(0.01 + 0.1, 2, 10)
     alone, beside = pace.prompt_tokens(0), pace.prompt_tokens(2)
-    assert (alone, beside) == (250, LEAST)
+    assert (alone, beside) == (150, LEAST)
 
 
 def test_a_number_that_was_never_measured_counts_as_the_nearest():
-    pace = Pace(SEQUENCES)
+    pace = Pace(SEQUENCES, BYTES)
     pace.took(0.010, 2, 0)
     pace.took(0.100, 12, 0)
     pace.took(0.010 + 0.010, 2, 10)
@@ -99,7 +107,7 @@ def test_it_follows_a_machine_that_becomes_slower():
     )
 )
 def test_it_always_says_a_number_in_its_bounds(steps):
-    pace = Pace(SEQUENCES)
+    pace = Pace(SEQUENCES, BYTES)
     for seconds, generating, tokens in steps:
         if generating or tokens:  # an empty step is never made
             pace.took(seconds, generating, tokens)

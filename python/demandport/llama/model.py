@@ -102,6 +102,8 @@ class Model:
             raise ModelLoadFailed(f"{self.path} cannot be loaded: {why}")
         if not llama_cpp.llama_model_has_decoder(self._model) or llama_cpp.llama_model_has_encoder(self._model):
             raise ModelLoadFailed(f"{self.path} is an encoder-decoder model, which cannot be run here")
+        #: Of all its tensors.
+        self.size_bytes = int(llama_cpp.llama_model_size(self._model))
         #: A part of a sequence can be forgotten or copied: not so where a state stands for all that was read.
         self.forgets_parts = not (
             llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(self._model)
@@ -157,7 +159,7 @@ class Model:
         return next((int(kind) for kind in kinds if str(kind) == said), int(kinds[0]))
 
     def _default_threads(self) -> int:
-        if int(llama_cpp.llama_model_size(self._model)) < SINGLE_THREAD_BYTES:
+        if self.size_bytes < SINGLE_THREAD_BYTES:
             return 1
         return _cores()
 
@@ -235,7 +237,7 @@ class Model:
         return {
             "description": description.value.decode("utf-8", "replace"),
             "parameters": int(llama_cpp.llama_model_n_params(self._model)),
-            "size_bytes": int(llama_cpp.llama_model_size(self._model)),
+            "size_bytes": self.size_bytes,
             "context_length": self.context_length,
             "training_context_length": self.training_context,
             "vocabulary_tokens": self.tokens,

@@ -5,32 +5,41 @@ from __future__ import annotations
 #: Beside running generations, prompts make a step this much longer: their tokens come somewhat later, none is missed.
 STRETCH = 1.2
 #: With nothing else to do a step lasts about this long at most, so that a cancel or a newcomer is seen.
-STEP_S = 0.25
+STEP_S = 0.3
 LEAST, MOST = 8, 256
-#: Before anything is known: little, since it may be a model of a second per token.
-FIRST = 64
+#: What a byte of the model costs per token of a prompt, and per step, until that is measured: as on few cores.
+_TOKEN_S, _PLAIN_S = 1e-11, 5e-11
 #: Weight of the newest measurement.
 _NEW = 0.2
 
 
 class Pace:
-    """Learns what a token costs, alone and in a prompt. Times are seconds."""
+    """Learns what a token costs, alone and in a prompt. Times are seconds.
 
-    def __init__(self, sequences: int) -> None:
+    Args:
+        sequences: most that generate at once.
+        model_bytes: size of the model, for a guess before anything is measured.
+    """
+
+    def __init__(self, sequences: int, model_bytes: int) -> None:
+        self._guessed_token_s, self._guessed_plain_s = model_bytes * _TOKEN_S, model_bytes * _PLAIN_S
         #: A step without prompts, by the number of sequences that generate in it.
         self._plain_s: list[float | None] = [0.0] + [None] * sequences
         #: A token of a prompt, with some generating beside it and with none.
         self._token_s: dict[bool, float] = {}
 
-    def prompt_tokens(self, generating: int) -> int:
-        """Tokens of prompts for the next step, `LEAST` to `MOST`, beside `generating` sequences."""
-        token_s = self._token_s.get(generating > 0)
-        if generating == 0:
-            return FIRST if token_s is None else _bounded(STEP_S / token_s)
-        plain_s = self._plain(generating)
-        if token_s is None or plain_s is None:
-            return LEAST
-        return _bounded(STRETCH * plain_s / token_s)
+    def prompt_tokens(self, generating: int, reading: int = 1, backlog: int = MOST) -> int:
+        """Tokens of prompts for the next step, `LEAST` to `MOST`.
+
+        Args:
+            generating: sequences that generate. reading: those whose prompts are read. backlog: tokens left in these.
+        """
+        token_s = self._token_s.get(generating > 0, self._guessed_token_s)
+        at_once = STEP_S / token_s
+        # A burst: many wait for their first token, few for their next, and one step is all it takes.
+        if generating == 0 or (reading > generating and backlog <= at_once):
+            return _bounded(at_once)
+        return _bounded(STRETCH * (self._plain(generating) or self._guessed_plain_s) / token_s)
 
     def took(self, seconds: float, generating: int, prompt_tokens: int) -> None:
         """A step is done."""

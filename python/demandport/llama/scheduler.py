@@ -52,6 +52,11 @@ class _Sequence:
         self.output = Output(request.stop)
         self.logprobs: list[dict[str, Any]] = []
 
+    @property
+    def left_to_read(self) -> int:
+        """Tokens of its prompt that are not computed yet."""
+        return 0 if self.slot is None else max(0, len(self.prompt) - self.slot.placed)
+
 
 class Scheduler:
     """Runs generations on one model, many in one decode: continuous batching. Everything but `cancel` belongs to the
@@ -72,7 +77,7 @@ class Scheduler:
         self._model, self._emit, self._clock = model, emit, clock
         self._prompts = PromptBuilder(model)
         self._cells = Cells(model)
-        self._pace = Pace(model.sequences)
+        self._pace = Pace(model.sequences, model.size_bytes)
         #: By priority, then by arrival; their prompts are read when there is time.
         self._waiting: list[_Sequence] = []
         self._unread = 0
@@ -227,24 +232,24 @@ class Scheduler:
         how many tokens of generations and of prompts there are."""
         batch = self._model.batch
         batch.clear()
-        choosing, reading = [], []
-        for sequence in running:
-            slot = sequence.slot
-            assert slot is not None
-            place = slot.placed
-            if slot.source is not None:
-                continue  # another computes what it begins with
-            if place < len(sequence.prompt):
-                reading.append(sequence)
-            else:
-                choosing.append((sequence, batch.add(slot.tokens[place], place, slot.number, True)))
-                slot.placed = place + 1
-        generating = len(choosing)
+        ready = [one for one in running if one.slot is not None and one.slot.source is None]
+        reading = [one for one in ready if one.left_to_read]
+        generating = [one for one in ready if not one.left_to_read]
+        choosing = [(sequence, self._go_on(sequence)) for sequence in generating]
         if reading:
-            room = min(self._pace.prompt_tokens(generating), BATCH_TOKENS - generating)
+            backlog = sum(one.left_to_read for one in reading)
+            paced = self._pace.prompt_tokens(len(generating), len(reading), backlog)
+            room = min(paced, BATCH_TOKENS - len(generating))
             for sequence in reading:
                 room -= self._read_on(sequence, room, choosing)
-        return choosing, generating, batch.size - generating
+        return choosing, len(generating), batch.size - len(generating)
+
+    def _go_on(self, sequence: _Sequence) -> int:
+        """Put its last token into the batch; returns the index of its output."""
+        slot = sequence.slot
+        assert slot is not None
+        slot.placed += 1
+        return self._model.batch.add(slot.tokens[slot.placed - 1], slot.placed - 1, slot.number, True)
 
     def _whose_turn(self) -> list[_Sequence]:
         """All that run; where they have different adapters, those of one set after the other."""
