@@ -8,7 +8,6 @@ bench/ways.py starts it; bench/jobs.py has the form of the lines.
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import time
 from pathlib import Path
@@ -78,11 +77,14 @@ class Scheduled:
 
 
 class Completed:
-    """`Llama.create_completion`, one after another: it has one sequence and is not for several threads."""
+    """`Llama.create_completion`, one after another: it has one sequence and is not for several threads of the caller.
+
+    Args:
+        threads: that compute one token at a time; 0: what the library takes.
+    """
 
     def __init__(self, path: str, context: int, threads: int) -> None:
-        cores = len(os.sched_getaffinity(0))
-        self._llama = Llama(path, n_ctx=context, n_threads=threads, n_threads_batch=cores, verbose=False)
+        self._llama = Llama(path, n_ctx=context, n_threads=threads or None, verbose=False)
 
     def run(self, job: Job) -> list[Stream]:
         start = time.perf_counter()

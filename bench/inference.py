@@ -57,7 +57,7 @@ class Case:
     """A model and how much is asked of it, in tokens. Figures of a quick run come from less of the same.
 
     Attributes:
-        threads: for one token at a time: what demandport chooses by itself, given to every way.
+        threads: for one token at a time: what demandport chooses by itself, and the ways that are told so.
         made: by each stream where tokens a second are counted.
         prefix: of the prompts that begin alike.
         arriving: of the prompt that comes while others run.

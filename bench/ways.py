@@ -25,14 +25,15 @@ from jobs import Job, Stream
 
 CORES = len(os.sched_getaffinity(0))
 JOB_TIMEOUT_S, START_TIMEOUT_S, END_TIMEOUT_S = 300, 60, 10
-DIRECT, PORT, COMPLETION, PYTHON_SERVER, LLAMA_SERVER = (
+DIRECT, PORT, COMPLETION, COMPLETION_ALL, PYTHON_SERVER, LLAMA_SERVER = (
     "scheduler, direct",
     "scheduler, GenServer",
     "create_completion",
+    "create_completion, all cores",
     "llama_cpp.server",
     "llama-server",
 )
-NAMES = (DIRECT, PORT, COMPLETION, PYTHON_SERVER, LLAMA_SERVER)
+NAMES = (DIRECT, PORT, COMPLETION, COMPLETION_ALL, PYTHON_SERVER, LLAMA_SERVER)
 
 
 @dataclass(frozen=True)
@@ -238,16 +239,20 @@ def port(setting: Setting) -> Any:
     return _lines([*setting.elixir, "streams"], MODEL=str(setting.path))
 
 
-def completion(setting: Setting) -> Any:
-    """llama-cpp-python's high-level call. Left alone it would take half of the cores."""
-    numbers = [str(setting.context), str(setting.threads)]
+def completion(setting: Setting, threads: int = 0) -> Any:
+    """llama-cpp-python's high-level call, as it comes: it takes half of the cores for one token at a time."""
+    numbers = [str(setting.context), str(threads)]
     return _lines([sys.executable, str(beam.BENCH / "in_process.py"), "completion", str(setting.path), *numbers])
+
+
+def completion_on_all_cores(setting: Setting) -> Any:
+    """The same with as many threads as the others have."""
+    return completion(setting, setting.threads)
 
 
 def python_server(setting: Setting) -> Any:
     """llama-cpp-python's server. Left alone it would end a running stream when another comes."""
     command = [sys.executable, "-m", "llama_cpp.server", "--model", setting.path, "--n_ctx", setting.context]
-    command += ["--n_threads", setting.threads, "--n_threads_batch", CORES]
     return _server(setting, [*command, "--interrupt_requests", "false", "--verbose", "false"], Completions)
 
 
@@ -258,7 +263,13 @@ def llama_server(setting: Setting, streams: int, cells: int, *, unified: bool = 
     return _server(setting, [*command, "--kv-unified"] if unified else command, Native)
 
 
-STARTERS = {DIRECT: direct, PORT: port, COMPLETION: completion, PYTHON_SERVER: python_server}
+STARTERS = {
+    DIRECT: direct,
+    PORT: port,
+    COMPLETION: completion,
+    COMPLETION_ALL: completion_on_all_cores,
+    PYTHON_SERVER: python_server,
+}
 
 
 @contextmanager

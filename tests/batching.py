@@ -80,7 +80,9 @@ class Bench:
         self.check()
         cells = self.scheduler._cells
         free = len(cells.free), cells.free_cells
-        return free == (self.model.sequences, self.model.cells) and not self.scheduler.busy
+        scheduler = self.scheduler
+        done = not scheduler._running and not scheduler._waiting
+        return free == (self.model.sequences, self.model.cells) and done
 
     def check(self) -> None:
         """What holds between two steps: the cells are counted right, and llama.cpp holds what the slots say."""

@@ -91,7 +91,9 @@ def test_signals_have_their_defaults_again():
     async def main():
         one = Spawned("sh", "-c", "grep -E 'SigIgn|SigBlk' /proc/self/status")
         await one.end()
-        assert [int(line.split()[1], 16) for line in one.lines] == [0, 0]
+        # Signals 32 and 33 are the C library's own: whoever inherits them blocked cannot change that.
+        reserved = 0b11 << 31
+        assert [int(line.split()[1], 16) & ~reserved for line in one.lines] == [0, 0]
 
     run(main())
 

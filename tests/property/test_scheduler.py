@@ -577,3 +577,33 @@ def test_after_cancels_llama_cpp_has_every_cell(three: Model) -> None:
         bench.raw(id, "Hello", three.context_length - tokens, grammar="root ::= [a-z]{1000}")
     bench.run()
     assert [bench.result(id)["finish_reason"] for id in (11, 12, 13)] == ["length"] * 3 and bench.is_empty()
+
+
+def test_what_was_left_in_turns_is_put_in_order_while_nothing_runs(model: Model, alone: Any) -> None:
+    bench = Bench(model)
+    for id in (1, 2, 3):
+        bench.submit(id, id - 1)
+    while not bench.scheduler._cells.untidy:
+        bench.scheduler.step()
+    with decodes(model) as sizes:
+        bench.run()
+        assert not sizes and not bench.scheduler.busy, "no decode was needed"
+        for id in (4, 5, 6):
+            bench.submit(id, id - 4)
+            bench.run()
+    assert [bench.text(id) for id in (4, 5, 6)] == [alone(prompt) for prompt in (0, 1, 2)] and bench.is_empty()
+    usages = [bench.result(id)["usage"] for id in (4, 5, 6)]
+    assert all(usage["cached_tokens"] == usage["prompt_tokens"] - 1 for usage in usages)
+
+
+def test_putting_in_order_is_broken_off_for_whoever_comes(model: Model, alone: Any) -> None:
+    bench = Bench(model)
+    for id in (1, 2, 3):
+        bench.submit(id, id - 1)
+    while not bench.scheduler._cells.untidy:
+        bench.scheduler.step()
+    bench.run(2)
+    assert bench.scheduler._cells.untidy
+    bench.submit(4, 1)
+    bench.run()
+    assert bench.text(4) == alone(1) and bench.is_empty()

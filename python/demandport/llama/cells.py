@@ -13,6 +13,8 @@ from demandport.llama.model import Model
 
 #: A shorter beginning is not worth waiting for until another has computed it.
 WORTH_COPYING = 32
+#: So much of what was left is put in order, at most; it is held twice meanwhile.
+MOST_TIDIED_BYTES = 128 * 1024 * 1024
 
 
 @dataclass(eq=False, slots=True)
@@ -44,6 +46,9 @@ class Cells:
         #: Free slots, those that were left longest ago first.
         self.free = [Slot(number) for number in range(model.sequences)]
         self.taken: list[Slot] = []
+        #: Sequences that ran together left cells that lie in turns. What of them was read already, to be put in order.
+        self._scattered = False
+        self._states: dict[Slot, bytes] = {}
         for slot in self.free:
             model.forget(slot.number)
 
@@ -64,6 +69,8 @@ class Cells:
         slot.tokens, slot.placed, slot.adapters = list(prompt), kept, adapters
         slot.cells, slot.source, slot.copies = cells, source, shared
         self.free.remove(slot)
+        self._scattered = self._scattered or bool(self.taken)
+        self._states.clear()
         self.taken.append(slot)
         self.free_cells -= cells
         if source is not None and source.placed >= shared:
@@ -89,6 +96,29 @@ class Cells:
         if self._model.restore(slot.number, state):
             slot.placed = shared_tokens(tokens, slot.tokens)
             self._model.forget(slot.number, slot.placed)
+
+    @property
+    def untidy(self) -> bool:
+        """There is something for `tidy`."""
+        return self._scattered and not self.taken
+
+    def tidy(self) -> None:
+        """While nothing runs, a step towards having what was left lie in one piece each: attention passes over the
+        cells of others far quicker then. A step takes some milliseconds."""
+        slot = next((one for one in self.free if one.placed and one not in self._states), None)
+        if slot is not None:
+            self._states[slot] = self._model.state(slot.number)
+            if sum(map(len, self._states.values())) <= MOST_TIDIED_BYTES:
+                return
+        else:
+            for one in self._states:
+                self._model.forget(one.number)
+            for one, state in self._states.items():
+                if not self._model.restore(one.number, state):
+                    one.placed = 0
+                    one.tokens.clear()
+        self._states.clear()
+        self._scattered = False
 
     def give_back(self, slot: Slot) -> None:
         """It is free again; its tokens stay for whoever begins alike. Those who wait for it get what is there."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-#: Beside running generations, prompts make a step this much longer: their tokens come somewhat later, none is missed.
-STRETCH = 1.2
+#: Beside running generations, prompts make a step longer by this share, so that text goes on flowing.
+STRETCH = 0.8
 #: With nothing else to do a step lasts about this long at most, so that a cancel or a newcomer is seen.
 STEP_S = 0.3
 LEAST, MOST = 8, 256

@@ -89,7 +89,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """There is something to do for `step`."""
-        return bool(self._running or self._waiting)
+        return bool(self._running or self._waiting or self._cells.untidy)
 
     def submit(self, request_id: int, request: GenerateRequest, save: Path | None = None) -> None:
         """Take a request in; what becomes of it is emitted, errors too.
@@ -130,6 +130,8 @@ class Scheduler:
             self._read_prompts()
             self._admit()
         if not self._running:
+            if self._cells.untidy:
+                self._cells.tidy()
             return self.busy
         self._cells.copy_what_is_there()
         running = self._whose_turn()
