@@ -80,7 +80,7 @@ class Case:
 
 
 CASES = {
-    "random": Case("135 M parameters", random_model.CONTEXT, CORES, 64, 1000, 2000, 160, 16, 1, True),
+    "random": Case("135 M parameters", random_model.CONTEXT, CORES, 128, 1000, 2000, 160, 16, 1, True),
     "tiny": Case("packaged model", 512, 1, 96, 250, 400, 300, 4, 2, False),
 }
 
@@ -96,7 +96,7 @@ class Effort:
     running_share: float  # of those that they make while a prompt arrives
 
 
-FULL = Effort((1, 2, 4, 8, 16), turns=5, few_turns=3, share=1.0, running_share=1.0)
+FULL = Effort((1, 2, 4, 8, 16), turns=3, few_turns=3, share=1.0, running_share=1.0)
 QUICK = Effort((1, 8), turns=1, few_turns=1, share=0.5, running_share=0.6)
 
 

@@ -39,9 +39,10 @@ def test_what_is_not_known_is_guessed_from_the_size_of_the_model():
 
 def test_a_burst_is_read_in_one_step_where_that_does():
     pace = Pace(SEQUENCES, BYTES)
-    assert pace.prompt_tokens(1, reading=2, backlog=30) == 30
-    assert pace.prompt_tokens(1, reading=2, backlog=31) == LEAST, "it would take more than one"
-    assert pace.prompt_tokens(2, reading=2, backlog=30) == LEAST, "as many would be held up"
+    assert pace.prompt_tokens(2, reading=2, backlog=30) == 30
+    assert pace.prompt_tokens(2, reading=2, backlog=31) == LEAST, "it would take more than one"
+    assert pace.prompt_tokens(3, reading=2, backlog=30) == LEAST, "more would be held up"
+    assert pace.prompt_tokens(1, reading=1, backlog=30) == LEAST, "one that comes is no burst"
 
 
 @pytest.mark.parametrize("token_s", [0.0002, 0.0005, 0.002])

@@ -36,8 +36,8 @@ class Pace:
         """
         token_s = self._token_s.get(generating > 0, self._guessed_token_s)
         at_once = STEP_S / token_s
-        # A burst: many wait for their first token, few for their next, and one step is all it takes.
-        if generating == 0 or (reading > generating and backlog <= at_once):
+        # A burst: no fewer wait for their first token than for their next, and one step is all it takes.
+        if generating == 0 or (1 < reading >= generating and backlog <= at_once):
             return _bounded(at_once)
         return _bounded(STRETCH * (self._plain(generating) or self._guessed_plain_s) / token_s)
 
