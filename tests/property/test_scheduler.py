@@ -607,3 +607,11 @@ def test_putting_in_order_is_broken_off_for_whoever_comes(model: Model, alone: A
     bench.submit(4, 1)
     bench.run()
     assert bench.text(4) == alone(1) and bench.is_empty()
+
+
+def test_a_prompt_that_comes_again_fills_no_other_slot(model: Model) -> None:
+    bench = Bench(model)
+    for id in range(1, 6):
+        bench.submit(id, 0)
+        bench.run()
+    assert sum(slot.placed > 0 for slot in bench.scheduler._cells.free) == 1

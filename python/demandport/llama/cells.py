@@ -59,7 +59,7 @@ class Cells:
     def take(self, prompt: Sequence[int], cells: int, adapters: Hashable) -> Slot:
         """A slot with `cells` reserved, its `placed` first tokens of `prompt` there already or soon copied."""
         source, shared = self._most_alike(prompt, adapters)
-        slot = self._target(source, shared)
+        slot = self._target(source, shared, len(prompt))
         kept = shared if slot is source else 0
         if not (kept and self._model.forget(slot.number, kept)):
             self._model.forget(slot.number)
@@ -152,11 +152,14 @@ class Cells:
                     best = slot, count
         return best
 
-    def _target(self, source: Slot | None, shared: int) -> Slot:
-        """The free slot by whose taking least is lost; of several the source, else the one left longest ago."""
+    def _target(self, source: Slot | None, shared: int, wanted: int) -> Slot:
+        """The free slot by whose taking least is lost; of several the source, else the one left longest ago. Where a
+        prompt comes again as it is, its former answer is no loss."""
 
         def lost(slot: Slot) -> tuple[int, bool]:
-            return slot.placed - (shared if slot is source else 0), slot is not source
+            if slot is not source:
+                return slot.placed, True
+            return 0 if shared == wanted - 1 else slot.placed - shared, False
 
         return min(self.free, key=lost)
 

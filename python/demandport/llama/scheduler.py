@@ -52,11 +52,6 @@ class _Sequence:
         self.output = Output(request.stop)
         self.logprobs: list[dict[str, Any]] = []
 
-    @property
-    def left_to_read(self) -> int:
-        """Tokens of its prompt that are not computed yet."""
-        return 0 if self.slot is None else max(0, len(self.prompt) - self.slot.placed)
-
 
 class Scheduler:
     """Runs generations on one model, many in one decode: continuous batching. Everything but `cancel` belongs to the
@@ -81,6 +76,8 @@ class Scheduler:
         #: By priority, then by arrival; their prompts are read when there is time.
         self._waiting: list[_Sequence] = []
         self._unread = 0
+        #: Of all that run or wait, those that have a deadline.
+        self._hurried = 0
         self._running: list[_Sequence] = []
         self._turn = 0
         self._cancelled: set[int] = set()
@@ -106,6 +103,7 @@ class Scheduler:
         sequence = _Sequence(request_id, request, deadline, save)
         bisect.insort(self._waiting, sequence, key=lambda one: -one.request.priority)
         self._unread += 1
+        self._hurried += deadline is not None
 
     def cancel(self, request_id: int) -> None:
         """End a request with `cancelled` before its next token. From any thread, also before its `submit`.
@@ -125,7 +123,8 @@ class Scheduler:
         if self._cancelled:
             self._drop_cancelled()
         started = self._clock()
-        self._drop_expired(started)
+        if self._hurried:
+            self._drop_expired(started)
         if self._waiting:
             self._read_prompts()
             self._admit()
@@ -148,8 +147,10 @@ class Scheduler:
         now = self._clock()
         self._pace.took(now - started, generating, prompt_tokens)
         for sequence, index in choosing:
-            with self._alone(sequence):
+            try:
                 self._choose(sequence, index, now)
+            except Exception as failed:
+                self._fail_alone(sequence, failed)
         return self.busy
 
     def close(self) -> None:
@@ -157,6 +158,7 @@ class Scheduler:
         for sequence in list(self._running):
             self._release(sequence)
         self._waiting.clear()
+        self._unread = self._hurried = 0
 
     # -------------------------------------------------------------------------------------- what joins
 
@@ -234,30 +236,32 @@ class Scheduler:
         how many tokens of generations and of prompts there are."""
         batch = self._model.batch
         batch.clear()
-        ready = [one for one in running if one.slot is not None and one.slot.source is None]
-        reading = [one for one in ready if one.left_to_read]
-        generating = [one for one in ready if not one.left_to_read]
-        choosing = [(sequence, self._go_on(sequence)) for sequence in generating]
-        if reading:
-            backlog = sum(one.left_to_read for one in reading)
-            paced = self._pace.prompt_tokens(len(generating), len(reading), backlog)
-            room = min(paced, BATCH_TOKENS - len(generating))
-            for sequence in reading:
-                room -= self._read_on(sequence, room, choosing)
-        return choosing, len(generating), batch.size - len(generating)
-
-    def _go_on(self, sequence: _Sequence) -> int:
-        """Put its last token into the batch; returns the index of its output."""
-        slot = sequence.slot
-        assert slot is not None
-        slot.placed += 1
-        return self._model.batch.add(slot.tokens[slot.placed - 1], slot.placed - 1, slot.number, True)
+        choosing, reading, backlog = [], [], 0
+        for sequence in running:
+            slot = sequence.slot
+            assert slot is not None
+            place = slot.placed
+            if slot.source is not None:
+                continue  # another computes what it begins with
+            if place >= len(sequence.prompt):
+                choosing.append((sequence, batch.add(slot.tokens[place], place, slot.number, True)))
+                slot.placed = place + 1
+            else:
+                reading.append(sequence)
+                backlog += len(sequence.prompt) - place
+        generating = len(choosing)
+        if not reading:
+            return choosing, generating, 0
+        room = min(self._pace.prompt_tokens(generating, len(reading), backlog), BATCH_TOKENS - generating)
+        for sequence in reading:
+            room -= self._read_on(sequence, room, choosing)
+        return choosing, generating, batch.size - generating
 
     def _whose_turn(self) -> list[_Sequence]:
         """All that run; where they have different adapters, those of one set after the other."""
         first = self._running[0].adapters
-        running = list(self._running)
-        if any(sequence.adapters != first for sequence in running):
+        running = self._running.copy()
+        if len(running) > 1 and any(sequence.adapters != first for sequence in running):
             sets = list(dict.fromkeys(sequence.adapters for sequence in running))
             self._turn += 1
             first = sets[self._turn % len(sets)]
@@ -343,11 +347,15 @@ class Scheduler:
         """Whatever goes wrong in the block ends that sequence and no other."""
         try:
             yield
-        except DemandportError as failed:
+        except Exception as failed:
+            self._fail_alone(sequence, failed)
+
+    def _fail_alone(self, sequence: _Sequence, failed: Exception) -> None:
+        if isinstance(failed, DemandportError):
             self._fail(sequence, failed)
-        except Exception as failed:  # of what a request brings along: templates, grammars
+        else:  # of what a request brings along: templates, grammars
             wrapped = Internal(f"{type(failed).__name__}: {failed}")
-            wrapped.traceback = traceback.format_exc()
+            wrapped.traceback = "".join(traceback.format_exception(failed))
             self._fail(sequence, wrapped)
 
     def _fail(self, sequence: _Sequence, failed: DemandportError) -> None:
@@ -358,6 +366,7 @@ class Scheduler:
         self._release(sequence)
 
     def _release(self, sequence: _Sequence) -> None:
+        self._hurried -= sequence.deadline is not None
         if sequence.sampler is not None:
             sequence.sampler.close()
         if sequence.slot is None:
