@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import os
@@ -13,13 +14,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from demandport.inference.backend import Event, Finished, TextChunk
 from demandport.wire.codec import codec_named
+from demandport.workers.process import kill_all, live_workers
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = Path(os.environ.get("DEMANDPORT_CODE", ROOT / "python"))
@@ -337,6 +341,32 @@ class ServiceProcess:
         """What was written to stderr so far."""
         self.errors.seek(0)
         return self.errors.read().decode()
+
+
+def run_within(limit_s: float, coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run a test's coroutine; it may hang only so long, and leaves no worker behind."""
+
+    async def limited() -> None:
+        async with asyncio.timeout(limit_s):
+            await coroutine
+
+    try:
+        asyncio.run(limited())
+        assert live_workers() == []
+    finally:
+        kill_all()
+
+
+async def read(events: AsyncGenerator[Event, None]) -> tuple[str, Finished | None]:
+    """The text of a generation, and how it ended."""
+    texts, end = [], None
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, TextChunk):
+                texts.append(event.text)
+            elif isinstance(event, Finished):
+                end = event
+    return "".join(texts), end
 
 
 def is_terminal(id: int) -> Callable[[list[Any]], bool]:

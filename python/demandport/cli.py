@@ -105,13 +105,13 @@ def _assignment(text: str) -> tuple[str, str, Any]:
 def _serve(arguments: argparse.Namespace) -> int:
     from demandport import pipes
 
-    models = _models_config(arguments.config, arguments.model)
     try:
         fds = pipes.claim(*arguments.fd)
     except pipes.NotAPipe as wrong:
         print(f"demandport serve: {wrong}", file=sys.stderr)
         return USAGE_ERROR
     # Only now: nothing that these import can print onto the port.
+    models = _models_config(arguments.config, arguments.model)
     from demandport.service.main import Settings, serve
 
     settings = Settings(arguments.codec, arguments.max_frame_bytes, models, arguments.files, arguments.log_level)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from contextlib import aclosing
+from functools import partial
 
 import pytest
 
@@ -19,8 +20,10 @@ from demandport.inference.config import ModelSpec
 from demandport.inference.openai import OpenAIBackend
 from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest
 from http_script import scripted
+from support import read, run_within
 
 LIMIT_S = 60.0
+run = partial(run_within, LIMIT_S)
 #: For what must come to an end by itself; nothing measures it.
 LONG_MS = 50_000
 KEY = "sk-very-secret-0123456789"
@@ -29,14 +32,6 @@ KEY = "sk-very-secret-0123456789"
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch):
     monkeypatch.setattr(http, "FIRST_RETRY_S", 0.0)
-
-
-def run(coroutine):
-    async def limited():
-        async with asyncio.timeout(LIMIT_S):
-            await coroutine
-
-    asyncio.run(limited())
 
 
 def chunk(text=None, reason=None, **more):
@@ -65,14 +60,7 @@ def backend_of(server, **options):
 
 async def collect(backend, **options):
     request = GenerateRequest.from_options({"prompt": "Hi", **options})
-    texts, end = [], None
-    async with aclosing(backend.generate(request)) as events:
-        async for event in events:
-            if isinstance(event, TextChunk):
-                texts.append(event.text)
-            elif isinstance(event, Finished):
-                end = event
-    return "".join(texts), end
+    return await read(backend.generate(request))
 
 
 def with_server(*scripts, **options):

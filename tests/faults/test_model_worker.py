@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -19,8 +20,8 @@ from demandport.inference.backend import Finished, TextChunk
 from demandport.inference.config import ModelSpec
 from demandport.inference.gateway import Gateway
 from demandport.inference.requests import GenerateRequest
-from demandport.workers.process import WorkerProcess, kill_all, live_workers
-from support import gone
+from demandport.workers.process import WorkerProcess, live_workers
+from support import gone, run_within
 
 pytest.importorskip("llama_cpp")
 HERE = Path(__file__).resolve().parent
@@ -28,21 +29,8 @@ PACKAGE = HERE.parents[1] / "python"
 TINY = PACKAGE / "demandport" / "data" / "tiny.gguf"
 pytestmark = pytest.mark.skipif(not TINY.exists(), reason="the tiny model has not been made")
 LIMIT_S = 180.0
+run = partial(run_within, LIMIT_S)
 LONG = "root ::= [a-z ]{450}"
-
-
-def run(coroutine):
-    """Run a test's coroutine; it may hang only so long, and leaves no worker behind."""
-
-    async def limited():
-        async with asyncio.timeout(LIMIT_S):
-            await coroutine
-
-    try:
-        asyncio.run(limited())
-        assert live_workers() == []
-    finally:
-        kill_all()
 
 
 async def collect(gateway, model=None, **options):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 
 import pytest
 
@@ -15,19 +16,13 @@ from demandport.inference.ollama import OllamaBackend
 from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest
 from http_script import scripted
 from ollama_stand_in import ollama
+from support import read, run_within
 
 LIMIT_S = 60.0
+run = partial(run_within, LIMIT_S)
 TEXT = "Cats are smäll 🐈"
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-
-
-def run(coroutine):
-    async def limited():
-        async with asyncio.timeout(LIMIT_S):
-            await coroutine
-
-    asyncio.run(limited())
 
 
 @asynccontextmanager
@@ -59,14 +54,7 @@ def with_ollama(model="cats", settings=None, **options):
 
 async def collect(backend, **options):
     request = GenerateRequest.from_options({"prompt": "Tell me about cats.", **options})
-    texts, end = [], None
-    async with aclosing(backend.generate(request)) as events:
-        async for event in events:
-            if isinstance(event, TextChunk):
-                texts.append(event.text)
-            elif isinstance(event, Finished):
-                end = event
-    return "".join(texts), end
+    return await read(backend.generate(request))
 
 
 def paths(server):

@@ -21,7 +21,7 @@ from demandport.inference.llama_server import LlamaServerBackend
 from demandport.inference.requests import EmbedRequest, GenerateRequest
 from demandport.workers.policy import Restarts
 from demandport.workers.process import kill_all, live_workers
-from support import ROOT, gone, lives
+from support import ROOT, gone, lives, read
 
 pytest.importorskip("llama_cpp.server.app")
 TINY = ROOT / "python" / "demandport" / "data" / "tiny.gguf"
@@ -63,14 +63,7 @@ def with_sidecar(binary, body, path=TINY, spec=None, **options):
 
 async def collect(backend, **options):
     request = GenerateRequest.from_options({"prompt": "Tell me about cats.", "max_tokens": 8, **options})
-    texts, end = [], None
-    async with aclosing(backend.generate(request)) as events:
-        async for event in events:
-            if isinstance(event, TextChunk):
-                texts.append(event.text)
-            elif isinstance(event, Finished):
-                end = event
-    return "".join(texts), end
+    return await read(backend.generate(request))
 
 
 async def until(condition):

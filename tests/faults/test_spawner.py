@@ -7,29 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import psutil
 import pytest
 
 from demandport.workers.process import kill_all, live_workers
 from demandport.workers.spawner import MAX_LINE_BYTES, LocalSpawner
-from support import gone
+from support import gone, run_within
 
 LIMIT_S = 60.0
-
-
-def run(coroutine):
-    """Run a test's coroutine; it may hang only so long, and leaves no process behind."""
-
-    async def limited():
-        async with asyncio.timeout(LIMIT_S):
-            await coroutine
-
-    try:
-        asyncio.run(limited())
-        assert live_workers() == []
-    finally:
-        kill_all()
+run = partial(run_within, LIMIT_S)
 
 
 class Spawned:

@@ -6,9 +6,8 @@ import pytest
 
 from demandport.errors import TooLarge, TypeMismatch
 from demandport.inference.config import ModelSpec
-from demandport.inference.requests import MAX_SEED, GenerateRequest
+from demandport.inference.requests import MAX_SEED, GenerateRequest, draw_seed
 from demandport.llama.grammar import grammar_text
-from demandport.llama.sampling import draw_seed
 
 WRONG = [
     ("temperature", -0.1), ("temperature", float("nan")), ("temperature", "hot"), ("temperature", True),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+import math
+import sys
+from array import array
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -102,6 +105,15 @@ class Embeddings:
     model: str | None = None
 
 
+def packed(numbers: Sequence[float], *, normalize: bool) -> bytes:
+    """A vector in the form of `Embeddings`, scaled to length 1 if `normalize`; one of zeros stays what it is."""
+    length = math.hypot(*numbers) if normalize else 0.0
+    floats = array("f", (number / length for number in numbers) if length else numbers)
+    if sys.byteorder == "big":
+        floats.byteswap()
+    return floats.tobytes()
+
+
 # ------------------------------------------------------------------------------------------------------- interface
 
 Operation = Literal["generate", "embed", "rerank"]
@@ -141,6 +153,8 @@ class Capabilities:
 #: `priority` orders what waits, where something waits; it asks nothing of the result.
 _ALWAYS = frozenset({"prompt", "messages", "system_prompt", "deadline_ms", "priority"})
 
+#: Gets (level, logger, text) of what a worker logs.
+LogSink = Callable[[str, str, str], None]
 BackendState = Literal["stopped", "loading", "ready", "quarantined", "closed"]
 
 

@@ -113,16 +113,17 @@ def write(path: Path, cache: KvCache, state: bytes) -> int:
     Raises:
         Forbidden: the file cannot be written.
     """
+    tokens = array("i", cache.tokens).tobytes()
     header = {
         "fingerprint": cache.fingerprint,
         "adapters": [list(adapter) for adapter in cache.adapters],
         "model": dict(cache.model),
         "tokens": len(cache.tokens),
         "state_bytes": len(state),
-        "tokens_sha256": hashlib.sha256(array("i", cache.tokens).tobytes()).hexdigest(),
+        "tokens_sha256": hashlib.sha256(tokens).hexdigest(),
         "state_sha256": hashlib.sha256(state).hexdigest(),
     }
-    text, tokens = json.dumps(header).encode(), array("i", cache.tokens).tobytes()
+    text = json.dumps(header).encode()
     content = b"".join([_MAGIC, _LENGTH.pack(len(text)), hashlib.sha256(text).digest(), text, tokens, state])
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:

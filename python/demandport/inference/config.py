@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -176,6 +175,8 @@ def load_config(file: Path | None = None, environment: Mapping[str, str] = os.en
 
 
 def _read(file: Path) -> dict[str, Any]:
+    import tomllib  # only now: a service without a file starts sooner
+
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as failed:

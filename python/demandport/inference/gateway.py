@@ -13,10 +13,10 @@ from typing import Any, Literal, NoReturn
 
 from demandport.errors import BackendUnavailable, ModelLoadFailed, OutOfMemory
 from demandport.inference import caches, memory
-from demandport.inference.backend import Backend, Embeddings, Event, Finished, Operation
+from demandport.inference.backend import Backend, Embeddings, Event, Finished, LogSink, Operation
 from demandport.inference.config import FILES, TINY, Config, ModelSpec
 from demandport.inference.library import Library, tiny_path
-from demandport.inference.llama_cpp import LlamaCppBackend, LogSink
+from demandport.inference.llama_cpp import LlamaCppBackend
 from demandport.inference.replicas import Replicas
 from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest
 from demandport.workers.policy import Restarts
@@ -255,7 +255,8 @@ class Gateway:
         """Where the model lies. Blocks."""
         if spec.model == TINY:  # asked for most often
             path = tiny_path()
-            return _Found(path, _identity(path), path.stat().st_size)
+            identity = _identity(path)
+            return _Found(path, identity, identity[2])
         known = self._known.get(spec.model)
         if known is None or not known.path.exists() or _identity(known.path) != known.identity:
             path = Path(spec.model).expanduser()

@@ -30,6 +30,7 @@ from demandport.inference.backend import (
     Embeddings,
     Event,
     Finished,
+    LogSink,
     Operation,
     Progress,
     TextChunk,
@@ -53,8 +54,6 @@ _NO_LIFE = "no sign of life"
 _OWN_FAULT = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "exited", _NO_LIFE)
 #: A worker with something to do answers pings between two steps; one that says nothing for so long is killed.
 PING_S, HANG_S, LOAD_HANG_S = 5.0, 30.0, 300.0
-
-LogSink = Callable[[str, str, str], None]
 
 
 def require_llama() -> None:

@@ -25,6 +25,7 @@ from demandport.inference.backend import (
     Capabilities,
     Embeddings,
     Event,
+    LogSink,
     Operation,
     Progress,
 )
@@ -32,7 +33,7 @@ from demandport.inference.config import ModelSpec
 from demandport.inference.http import Again, HttpServer, ServerBackend
 from demandport.inference.openai import PARAMETERS as API_PARAMETERS
 from demandport.inference.openai import OpenAIClient
-from demandport.inference.requests import MAX_SEED, EmbedRequest, GenerateRequest, RerankRequest, wrong
+from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest, draw_seed, wrong
 from demandport.workers.policy import Restarts
 from demandport.workers.spawner import LocalSpawner, Program, Spawner
 
@@ -55,8 +56,6 @@ _LOG_PREFIX = re.compile(r"^[\d.]+ [A-Z] ")
 _TELLING = re.compile(r"error|fail|assert|abort|exception|invalid|terminate|not found|cannot", re.IGNORECASE)
 # Ends that were brought about from outside, and say nothing about the model.
 _FROM_OUTSIDE = ("killed by SIGKILL", "killed by SIGTERM")
-
-LogSink = Callable[[str, str, str], None]
 
 
 class LlamaServerBackend(ServerBackend):
@@ -136,7 +135,7 @@ class LlamaServerBackend(ServerBackend):
         return self.info
 
     async def _generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
+        seed = draw_seed() if request.seed is None else request.seed
         async for progress in self._progress():
             yield progress
         sidecar = await self._ready()

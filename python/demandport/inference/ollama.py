@@ -27,8 +27,8 @@ from demandport.inference.backend import (
 )
 from demandport.inference.config import OLLAMA_URL, ModelSpec
 from demandport.inference.http import MALFORMED, Again, HttpServer, ServerBackend, display_host
-from demandport.inference.openai import embeddings, packed
-from demandport.inference.requests import MAX_SEED, EmbedRequest, GenerateRequest, RerankRequest, wrong
+from demandport.inference.openai import embeddings, vector
+from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest, draw_seed, wrong
 from demandport.inference.sse import Lines
 
 #: Ollama's names of parameters, each an entry of ``options``.
@@ -127,7 +127,7 @@ class OllamaBackend(ServerBackend):
                 self._loaded_here = _named(self.spec.model, running) is None
 
     async def _generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
+        seed = draw_seed() if request.seed is None else request.seed
         body = (_completion if request.raw else _chat)(request) | self._keep_alive()
         body |= {"model": self.spec.model, "options": _options(request, seed), "stream": True}
         if request.images:
@@ -152,7 +152,7 @@ class OllamaBackend(ServerBackend):
         found = await self._server.ask("POST", "api/embed", body)
         try:
             vectors = await asyncio.to_thread(
-                lambda: [packed(array("f", vector), normalize=True) for vector in found["embeddings"]]
+                lambda: [vector(array("f", numbers), normalize=True) for numbers in found["embeddings"]]
             )
             usage = Usage(int(found.get("prompt_eval_count") or 0), 0)
             return embeddings(vectors, len(request.texts), usage, found.get("model"))

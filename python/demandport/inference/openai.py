@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from array import array
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, NoReturn
 
@@ -28,6 +28,7 @@ from demandport.inference.backend import (
     TextChunk,
     ToolCall,
     Usage,
+    packed,
 )
 from demandport.inference.config import ModelSpec
 from demandport.inference.http import MALFORMED, Again, HttpServer, ServerBackend, display_host
@@ -171,7 +172,7 @@ class OpenAIClient:
     def _embeddings(self, found: Any, request: EmbedRequest) -> Embeddings:
         try:
             entries = sorted(found["data"], key=lambda entry: entry["index"])
-            vectors = [packed(_numbers(entry["embedding"]), normalize=request.normalize) for entry in entries]
+            vectors = [vector(_numbers(entry["embedding"]), normalize=request.normalize) for entry in entries]
             usage = Usage(int((found.get("usage") or {}).get("prompt_tokens") or 0), 0)
             return embeddings(vectors, len(request.texts), usage, found.get("model"))
         except MALFORMED:
@@ -352,21 +353,15 @@ def _numbers(embedding: Any) -> array[float]:
     return numbers
 
 
-def packed(numbers: array[float], *, normalize: bool) -> bytes:
-    """A vector as little-endian 32-bit floats.
+def vector(numbers: Sequence[float], *, normalize: bool) -> bytes:
+    """The vector of a server's answer, packed.
 
     Raises:
         ValueError: it is empty or holds what is no number.
     """
-    length = math.hypot(*numbers)
-    if not numbers or not math.isfinite(length):
+    if not numbers or not math.isfinite(math.hypot(*numbers)):
         raise ValueError("no vector")
-    if normalize and length > 0:
-        numbers = array("f", (number / length for number in numbers))
-    if sys.byteorder == "big":
-        numbers = array("f", numbers)
-        numbers.byteswap()
-    return numbers.tobytes()
+    return packed(numbers, normalize=normalize)
 
 
 def embeddings(vectors: list[bytes], count: int, usage: Usage, model: str | None) -> Embeddings:

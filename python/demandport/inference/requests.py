@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -176,6 +177,11 @@ class RerankRequest:
         require("query", self.query, str, "a string")
         _require_texts("documents", self.documents)
         whole(self, "deadline_ms", 1, 2**53, optional=True)
+
+
+def draw_seed() -> int:
+    """A fresh seed, from the operating system."""
+    return secrets.randbelow(MAX_SEED + 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- checks

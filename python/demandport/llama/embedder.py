@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
-import sys
 import time
-from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from demandport.errors import Cancelled, ContextOverflow, DeadlineExceeded, DemandportError
+from demandport.inference.backend import packed
 from demandport.inference.requests import EmbedRequest, RerankRequest
 from demandport.llama.model import Model
 from demandport.llama.scheduler import Emit
@@ -129,8 +127,7 @@ class Embedder:
     def _result(self, request: EmbedRequest | RerankRequest, sequence: int) -> Any:
         if isinstance(request, RerankRequest):
             return self._model.vector(sequence, 1)[0]
-        vector = self._model.vector(sequence, self._model.dimensions)
-        return packed(unit(vector) if request.normalize else vector)
+        return packed(self._model.vector(sequence, self._model.dimensions), normalize=request.normalize)
 
     def _finish(self, job: _Job) -> None:
         self._jobs.remove(job)
@@ -174,17 +171,3 @@ def rerank_tokens(model: Model, query: str, document: str) -> list[int]:
         *model.tokenize(document, special=False),
         *ends.end,
     ]
-
-
-def unit(vector: Sequence[float]) -> list[float]:
-    """The vector scaled to length 1; zeros stay zeros."""
-    length = math.sqrt(sum(number * number for number in vector))
-    return [number / length for number in vector] if length else list(vector)
-
-
-def packed(vector: Sequence[float]) -> bytes:
-    """Little-endian 32-bit floats."""
-    numbers = array("f", vector)
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers.tobytes()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from demandport.errors import TooLarge, TypeMismatch
@@ -106,7 +106,7 @@ def _check_pattern(pattern: str) -> None:
     for times in _COUNT.finditer(pattern):
         _check_times(times.group(), "json_schema")
     # Written nearly like a grammar: groups and repetitions are.
-    _check_repeats(_measured(_rules(pattern))[1], "json_schema")
+    _check_repeats(_measured(_rules(_read(pattern)))[1], "json_schema")
 
 
 def _check_repeats(repeats: int, parameter: str) -> None:
@@ -126,8 +126,8 @@ def _check_grammar(grammar: str, parameter: str, nesting: int) -> None:
         raise _refused(parameter, "holds a NUL character")
     if len(grammar.encode(errors="replace")) > MAX_GRAMMAR_BYTES:
         raise TooLarge(f"parameter {parameter} makes a grammar over {MAX_GRAMMAR_BYTES} bytes")
-    depth = 0
-    for kind, text in _read(grammar):
+    depth, tokens = 0, list(_read(grammar))
+    for kind, text in tokens:
         if kind == "token":
             raise _refused(parameter, "names tokens by number, which differ from model to model")
         if kind == "range":
@@ -137,7 +137,7 @@ def _check_grammar(grammar: str, parameter: str, nesting: int) -> None:
         depth += (kind == "open") - (kind == "close")
         if depth > nesting:
             raise TooLarge(f"parameter {parameter} is nested deeper than {nesting}")
-    places, repeats = _measured(_rules(grammar))
+    places, repeats = _measured(_rules(tokens))
     if places > MAX_PLACES:
         raise TooLarge(f"parameter {parameter} is ambiguous: a text may be at over {MAX_PLACES} places in it at once")
     _check_repeats(repeats, parameter)
@@ -180,11 +180,11 @@ class _Element(NamedTuple):
 _Rules = dict[str, list[list[_Element]]]
 
 
-def _rules(grammar: str) -> _Rules:
+def _rules(tokens: Iterable[tuple[str, str]]) -> _Rules:
     rules: _Rules = {"": [[]]}
     #: The rule that is being read, and the groups around it.
     within = [""]
-    for kind, text in _read(grammar):
+    for kind, text in tokens:
         current = rules[within[-1]][-1]
         if kind == "rule":
             within = [text]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from typing import Any
 
 from demandport.errors import Internal, TypeMismatch
-from demandport.inference.requests import MAX_SEED, GenerateRequest
+from demandport.inference.requests import GenerateRequest
 from demandport.llama.grammar import grammar_text
 
 #: What a request leaves open; those of llama.cpp's own programs.
@@ -21,11 +20,6 @@ _DEFAULTS: dict[str, float] = {
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
 }
-
-
-def draw_seed() -> int:
-    """A fresh seed, from the operating system."""
-    return secrets.randbelow(MAX_SEED + 1)
 
 
 class Sampler:

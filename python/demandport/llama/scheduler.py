@@ -16,13 +16,13 @@ import llama_cpp
 from demandport.errors import Cancelled, ContextOverflow, DeadlineExceeded, DemandportError, Internal, TypeMismatch
 from demandport.inference import caches
 from demandport.inference.backend import FinishReason
-from demandport.inference.requests import DEFAULT_MAX_TOKENS, GenerateRequest
+from demandport.inference.requests import DEFAULT_MAX_TOKENS, GenerateRequest, draw_seed
 from demandport.llama.cells import Cells, Slot
 from demandport.llama.logprobs import logprobs
 from demandport.llama.model import BATCH_TOKENS, Adapters, Model
 from demandport.llama.pace import Pace
 from demandport.llama.prompt import PromptBuilder
-from demandport.llama.sampling import Sampler, draw_seed
+from demandport.llama.sampling import Sampler
 from demandport.llama.text import Output
 
 Emit = Callable[[list[Any]], None]

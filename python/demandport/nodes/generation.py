@@ -24,6 +24,7 @@ from demandport.inference.gateway import Gateway
 from demandport.inference.requests import GenerateRequest
 from demandport.nodes.library import setting_values
 from demandport.nodes.media import data_url
+from demandport.nodes.schemas import checker
 
 Prompt = Annotated[str, Port(type="prompt")]
 Image = Annotated[Any, Port(type="image")]
@@ -301,13 +302,13 @@ async def _generate(ctx: Context, parameters: Mapping[str, Any], model: ModelSpe
 
 def _check_answer(text: str, schema: Mapping[str, Any], finished: Finished) -> None:
     """Grammars do not know every keyword, and a text may be cut off: what comes out is looked at once more."""
-    from jsonschema_rs import Draft202012Validator, ValidationError
+    from jsonschema_rs import ValidationError
 
     facts = {"finish_reason": finished.finish_reason, "text": text[:1000]}
     if finished.finish_reason == "length":
         raise TypeMismatch("the answer is cut off by max_tokens, so it does not follow json_schema", details=facts)
     try:
-        Draft202012Validator(dict(schema), offline=True).validate(read_json(text))
+        checker(dict(schema)).validate(read_json(text))
     except ValidationError as wrong:
         raise TypeMismatch(f"the answer does not follow json_schema: {wrong.message}", details=facts) from None
     except ValueError as wrong:

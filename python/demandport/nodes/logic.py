@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from demandport.engine.node import node
 from demandport.errors import MissingInput, TypeMismatch
 from demandport.graph.spec import Port, as_text, read_json
+from demandport.nodes.schemas import checker
 
 MAX_CHECKED_BYTES = 4 * 1024 * 1024
 
@@ -75,17 +76,16 @@ def validator(value: Any, schema: Annotated[Any, Port(type="json")] = None, kind
 
 
 def _against_schema(value: Any, schema: Any) -> list[str]:
-    # Its patterns cannot backtrack without end, and it fetches no reference, from a file or from a host.
-    from jsonschema_rs import Draft202012Validator, ValidationError
+    from jsonschema_rs import ValidationError
 
     try:
-        checker = Draft202012Validator(schema, offline=True)
+        check = checker(schema)
     except ValidationError as wrong:
         raise TypeMismatch(f"data.schema is no JSON Schema: {wrong.message}") from None
     except ValueError as wrong:
         raise TypeMismatch(f"data.schema is no JSON Schema: {wrong}") from None
     try:
-        found = sorted((".".join(map(str, error.instance_path)), error.message) for error in checker.iter_errors(value))
+        found = sorted((".".join(map(str, error.instance_path)), error.message) for error in check.iter_errors(value))
     except ValueError as wrong:
         raise TypeMismatch(f"validator takes JSON values: {wrong}") from None
     return [f"{path or 'value'}: {message}" for path, message in found[:100]]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from demandport.engine.node import Context, node
 from demandport.errors import TypeMismatch
 from demandport.graph.spec import Port
 from demandport.inference.caches import KvCache
-from demandport.inference.gateway import WHEN_BUSY, Gateway, WhenBusy
+from demandport.inference.gateway import WHEN_BUSY, Gateway
 from demandport.inference.requests import EmbedRequest, RerankRequest
 
 Cache = Annotated[dict[str, Any], Port(type="kv_cache")]
@@ -85,7 +85,7 @@ async def unload_model(
     `when_busy`: refuse (an error while it is in use), wait, or stop what it runs. `status` is unloaded or not_loaded.
     """
     if when_busy not in WHEN_BUSY:
-        raise TypeMismatch(f"when_busy must be one of {', '.join(get_args(WhenBusy))}, not {when_busy!r}")
+        raise TypeMismatch(f"when_busy must be one of {', '.join(WHEN_BUSY)}, not {when_busy!r}")
     if not isinstance(model_ref, str) and not (isinstance(model_ref, dict) and isinstance(model_ref.get("id"), str)):
         raise TypeMismatch("model_ref must be what an inference node gave as its model_ref, or the name of a model")
     unloaded = await _gateway(ctx).unload_model(model_ref, when_busy)
