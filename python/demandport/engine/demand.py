@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from demandport.engine.cell import SKIPPED, Cell
@@ -41,6 +42,7 @@ class Demand:
     """
 
     __slots__ = (
+        "_leave",
         "_on_end",
         "_seq",
         "cached",
@@ -60,11 +62,12 @@ class Demand:
         self,
         cell: Cell,
         sink: Sink,
-        on_end: Any,
+        on_end: Callable[[Demand], None],
         started: float,
         deadline: float | None = None,
         events: bool = False,
         priority: int = 0,
+        leave: Callable[[Demand], None] | None = None,
     ) -> None:
         self.cell = cell
         self.sink = sink
@@ -77,20 +80,20 @@ class Demand:
         self.ran = 0
         self.cached = 0
         self.usage: dict[str, Any] | None = None
-        self._on_end = on_end
+        self._on_end, self._leave = on_end, leave
         self._seq = 0
 
     def complete(self, cell: Cell) -> None:
         """End with the outcome of `cell`."""
         if self._end():
             self.sink.complete(dict(cell.outputs), self._meta(skipped=cell.state == SKIPPED))
-            self._on_end(self)
+            self._after_end()
 
     def fail(self, error: DemandportError) -> None:
         """End with an error."""
         if self._end():
             self.sink.error(error, self._meta())
-            self._on_end(self)
+            self._after_end()
 
     def event(self, event: str, node: str, fields: dict[str, Any] | None = None) -> None:
         """Report an event, if the demand asked for them."""
@@ -107,6 +110,12 @@ class Demand:
             cell.listeners.pop(self, None)
         self.listening.clear()
         return True
+
+    def _after_end(self) -> None:
+        """The outcome is delivered; now its place is given free, where it had one."""
+        self._on_end(self)
+        if self._leave is not None:
+            self._leave(self)
 
     def _meta(self, skipped: bool = False) -> dict[str, Any]:
         meta: dict[str, Any] = {

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from demandport.engine.cell import DONE, RUNNING, SKIPPED, CellStore
 from demandport.engine.demand import Demand, Sink
 from demandport.engine.executor import Executor
-from demandport.errors import Cancelled, DeadlineExceeded, DemandportError, QueueFull, UnknownNode, UnknownPort
+from demandport.engine.timeline import (
+    Timeline,
+    admit,
+    enter,
+    everyone,
+    expired,
+    leave,
+    next_deadline,
+    next_to_start,
+)
+from demandport.errors import Cancelled, DeadlineExceeded, DemandportError, UnknownNode, UnknownPort
 from demandport.graph.edits import apply
 from demandport.graph.loading import load
 from demandport.graph.spec import NodeSpec
@@ -45,13 +53,10 @@ class Session:
         self._specs = specs
         self._executor = executor
         self._store = CellStore(specs)
-        self._max_running = max_running
-        self._max_queued = max_queued
-        self._running: set[Demand] = set()
-        #: Demands that wait for a place, by priority; each level in the order of arrival.
-        self._queued: dict[int, OrderedDict[Demand, None]] = {}
-        self._timers: dict[Demand, asyncio.TimerHandle] = {}
-        self._filling = False
+        self._timeline = Timeline(max_running, max_queued)
+        #: Fires at the earliest deadline, or before.
+        self._timer: asyncio.TimerHandle | None = None
+        self._starting = False
         self.problems: list[Problem] = require_runnable(self._graph, specs)
 
     @property
@@ -62,7 +67,7 @@ class Session:
     @property
     def load(self) -> tuple[int, int]:
         """Demands running, demands queued."""
-        return len(self._running), sum(map(len, self._queued.values()))
+        return len(self._timeline.running), self._timeline.waiting
 
     # ------------------------------------------------------------------------------------------ demands
 
@@ -89,80 +94,62 @@ class Session:
         """
         if node_id not in self._graph.nodes:
             raise UnknownNode(f"the graph has no node {node_id!r}", node=node_id)
-        full = len(self._running) >= self._max_running
-        if full and self.load[1] >= self._max_queued:
-            raise QueueFull(
-                f"the session has {self._max_running} demands running and {self._max_queued} queued; try later"
-            )
+        now = admit(self._timeline)
         started = time.monotonic()
         cell = self._store.cell(self._graph, node_id)
-        if cell.state >= DONE and not full:  # answered from the cache: no place, no timer
+        if cell.state >= DONE and now:  # answered from the cache: no place, no timer
             demand = Demand(cell, sink, on_end, started, events=events)
             self._executor.start(demand)
             return demand
-
-        def ended(demand: Demand) -> None:
-            on_end(demand)
-            self._ended(demand)
-
         deadline = None if deadline_ms is None else started + deadline_ms / 1000
-        demand = Demand(cell, sink, ended, started, deadline, events, priority)
-        if deadline_ms is not None:
-            loop = asyncio.get_running_loop()
-            self._timers[demand] = loop.call_later(deadline_ms / 1000, self._expire, demand, deadline_ms)
-        if full:
-            self._queued.setdefault(priority, OrderedDict())[demand] = None
-        else:
-            self._start(demand)
+        demand = Demand(cell, sink, on_end, started, deadline, events, priority, self._ended)
+        enter(self._timeline, demand, now)
+        if deadline is not None:
+            self._arm()
+        if now:
+            self._executor.start(demand)
         return demand
 
     def cancel(self, demand: Demand, error: DemandportError | None = None) -> None:
         """End a demand with `cancelled`, or with `error`."""
-        if demand not in self._running:
-            self._unqueue(demand)
         self._executor.stop(demand, error or Cancelled("the demand was cancelled", node=demand.cell.node_id))
 
     def close(self) -> None:
         """Cancel every demand."""
-        for demand in [*itertools.chain(*self._queued.values()), *self._running]:
+        for demand in everyone(self._timeline):
             self.cancel(demand, Cancelled("the session was closed", node=demand.cell.node_id))
+        if self._timer is not None:
+            self._timer.cancel()
 
-    def _start(self, demand: Demand) -> None:
-        self._running.add(demand)
-        self._executor.start(demand)
+    def _tick(self) -> None:
+        """What the time brings: the earliest deadlines."""
+        self._timer = None
+        now = time.monotonic()
+        for demand in expired(self._timeline, now):
+            limit_ms = round((demand.deadline - demand.started) * 1000)
+            late = f"the demand was not done within its {limit_ms} ms"
+            self.cancel(demand, DeadlineExceeded(late, node=demand.cell.node_id))
+        self._arm()
 
-    def _expire(self, demand: Demand, deadline_ms: int) -> None:
-        if not demand.ended:
-            message = f"the demand was not done within its {deadline_ms} ms"
-            self.cancel(demand, DeadlineExceeded(message, node=demand.cell.node_id))
+    def _arm(self) -> None:
+        when = next_deadline(self._timeline)
+        if when is not None and (self._timer is None or when < self._timer.when()):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = asyncio.get_running_loop().call_at(when, self._tick)
 
     def _ended(self, demand: Demand) -> None:
-        self._running.discard(demand)
-        timer = self._timers.pop(demand, None)
-        if timer is not None:
-            timer.cancel()
-        self._fill()
-
-    def _fill(self) -> None:
-        """Start queued demands while there are places. One that ends at once comes back here, and does not nest."""
-        if self._filling:
+        """The one way out of the timeline, however it ended. One that ends as it starts comes back here, and does not
+        nest."""
+        leave(self._timeline, demand)
+        if self._starting:
             return
-        self._filling = True
+        self._starting = True
         try:
-            while self._queued and len(self._running) < self._max_running:
-                demand = next(iter(self._queued[max(self._queued)]))
-                self._unqueue(demand)
-                self._start(demand)
+            while (following := next_to_start(self._timeline)) is not None:
+                self._executor.start(following)
         finally:
-            self._filling = False
-
-    def _unqueue(self, demand: Demand) -> None:
-        for priority, level in self._queued.items():
-            if demand in level:
-                del level[demand]
-                if not level:
-                    del self._queued[priority]
-                return
+            self._starting = False
 
     # -------------------------------------------------------------------------------- edits and outputs
 
