@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import anyio
 
 from demandport.engine.executor import Executor
-from demandport.engine.registry import load_specs
+from demandport.engine.registry import load_specs, runnable
 from demandport.engine.session import Session
 from demandport.errors import DemandportError
 from demandport.graph.spec import as_text
@@ -57,7 +57,7 @@ async def _run(graph: Any, node: str, inputs: Inputs, models: Config, events: bo
 
 async def _demand(graph: Any, executor: Executor, node: str, inputs: Inputs, terminal: _Terminal) -> int:
     try:
-        session = Session(graph, load_specs(BUILT_IN), executor)
+        session = Session(graph, runnable(load_specs(BUILT_IN)), executor)
         session.edit([{"op": "set_input", "node": n, "port": port, "value": value} for n, port, value in inputs])
         session.demand(node, terminal, lambda _: None, events=True)
     except DemandportError as refused:

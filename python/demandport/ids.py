@@ -6,6 +6,7 @@ from typing import NewType
 
 RequestId = NewType("RequestId", int)
 DemandId = NewType("DemandId", int)
+CallId = NewType("CallId", int)
 SessionId = NewType("SessionId", str)
 NodeId = NewType("NodeId", str)
 PortName = NewType("PortName", str)

@@ -38,12 +38,12 @@ defmodule DemandPort.ScenariosTest do
     end)
   end
 
-  # Streams and logs are not what these exchanges are about.
+  # Logs are not what these exchanges are about.
   defp next(port) do
     receive do
       {^port, {:data, payload}} ->
         case Msgpack.decode_message(payload) do
-          {:ok, [type | _]} when type in ["node_stream", "log"] -> next(port)
+          {:ok, ["log" | _]} -> next(port)
           {:ok, message} -> message
         end
 

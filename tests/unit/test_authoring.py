@@ -358,7 +358,7 @@ def unresolved(x: Undefined) -> str: ...  # noqa: F821
 WRONG: list[Any] = [
     (lambda: declared(positional), "the parameter x cannot be a port"),
     (lambda: declared(starred), "the parameter texts cannot be a port"),
-    (lambda: declared(function, runs="cpu"), "t-function: runs is inline, async or thread, not 'cpu'"),
+    (lambda: declared(function, runs="cpu"), "t-function: runs is inline, async, thread or host, not 'cpu'"),
     (lambda: declared(function, runs="async"), "t-function: a function cannot run async"),
     (lambda: declared(generator, runs="inline"), "t-generator: a generator cannot run inline"),
     (lambda: declared(async_function, runs="thread"), "async_function cannot run thread"),

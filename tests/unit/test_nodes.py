@@ -18,7 +18,7 @@ import anyio
 import pytest
 
 from demandport.engine.executor import Executor
-from demandport.engine.registry import load_specs
+from demandport.engine.registry import load_specs, runnable
 from demandport.engine.session import Session
 from demandport.errors import BY_CODE, DemandportError, TypeMismatch
 from demandport.graph.spec import PORT_TYPES, converter
@@ -132,6 +132,9 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
     "json-filter": [{"json": {"a": 1}, "path": "a"}],
     "validator": [{"value": 1, "schema": {"type": "string"}}],
     "template": [{"template": "Hi {{who}}", "who": "Ada"}],
+    "map": [{"items": [1, 2], "each": "text-output"}],
+    "tool-executor": [{"tool": "look"}],
+    "rag-search": [{"query": "cats"}],
     "read-file": [{"path": "there.txt"}],
     "write-file": [{"path": "new/file.txt", "content": "text"}],
     "llamacpp-inference": [{"model_path": "tiny", "prompt": "cats", "max_tokens": 3, "seed": 1, "logprobs": 1}],
@@ -172,7 +175,7 @@ CONFORMS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-@pytest.mark.parametrize("node_type", SPECS)
+@pytest.mark.parametrize("node_type", runnable(SPECS))
 def test_a_node_gives_what_its_descriptor_says(node_type: str, tmp_path: Path) -> None:
     assert node_type in SAMPLES, f"the new node type {node_type} needs a sample in SAMPLES"
     (tmp_path / "there.txt").write_text("content")
@@ -249,7 +252,7 @@ def test_a_descriptor_is_plain_data_that_holds_together(node_type: str) -> None:
     about = spec.describe()
     assert json.loads(json.dumps(about)) == about
     assert about["description"].endswith((".", "`")) and about["category"] != "custom"
-    assert spec.stream in spec.outputs and spec.runs in ("inline", "async", "thread")
+    assert spec.stream in spec.outputs and spec.runs in ("inline", "async", "thread", "host")
     for port in about["inputs"] + about["outputs"]:
         assert port["type"] in PORT_TYPES and port["name"]
     for port in spec.inputs.values():

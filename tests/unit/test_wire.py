@@ -124,6 +124,11 @@ GOOD: dict[str, list[Any]] = {
     "edit": [1, "s", []],
     "get_output": [1, "s", "n", "p"],
     "demand": [1, "s", "n", {}],
+    "demand_many": [1, "s", ["n"], {"mode": "race"}],
+    "subscribe": [1, "s", {"since": 0, "kinds": ["task_progress"]}],
+    "unsubscribe": [1, "s"],
+    "answer": [1, "ok", {}],
+    "answer_stream": [1, "chunk", "port"],
     "cancel": [1, 2],
     "credit": [1, 2],
     "validate": [1, {}],
@@ -135,6 +140,8 @@ GOOD: dict[str, list[Any]] = {
     "ping": [1],
     "drain": [1, 0],
 }
+#: Fields that take any value.
+FREE = {("answer", "value"), ("answer_stream", "chunk")}
 BAD_VALUES = [object(), -1, 1.5, b"x", [object()], ["x"], True]
 
 
@@ -160,7 +167,7 @@ def test_a_wrong_field_is_named(kind: str) -> None:
                 refused += 1
                 with pytest.raises(BadMessage, match=name):
                     m.parse([kind, *fields])
-        assert refused >= 3, (kind, name)
+        assert refused >= 3 or (kind, name) in FREE, (kind, name)
 
 
 @pytest.mark.parametrize("kind", GOOD)

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
+from demandport.engine.events import EventLog
 from demandport.errors import DemandportError, MissingInput, TypeMismatch, UnknownNodeType
 from demandport.graph.model import Edge, Graph
 from demandport.graph.spec import Convert, NodeSpec, converter
@@ -136,10 +137,17 @@ class _Form:
 
 
 class CellStore:
-    """The current cells of one session's graph. A cell is there only when all cells that it reads are."""
+    """The current cells of one session's graph. A cell is there only when all cells that it reads are.
 
-    def __init__(self, specs: Mapping[str, NodeSpec]) -> None:
-        self._specs = specs
+    Args:
+        resources: what the session's nodes may use; None: what those of all sessions may.
+    """
+
+    def __init__(self, specs: Mapping[str, NodeSpec], resources: Mapping[str, Any] | None = None) -> None:
+        self.specs = specs
+        self.resources = resources
+        #: What happens to the cells, where somebody wants to know.
+        self.log: EventLog | None = None
         self._forms: dict[str, _Form] = {}
         self.cells: dict[str, Cell] = {}
         #: Number of edits so far.
@@ -213,7 +221,7 @@ class CellStore:
         return cell
 
     def _form(self, node_type: str) -> _Form:
-        form = self._forms[node_type] = _Form(self._specs.get(node_type, _NOBODY))
+        form = self._forms[node_type] = _Form(self.specs.get(node_type, _NOBODY))
         return form
 
     def _link(self, cell: Cell, form: _Form, edges: list[Edge], given: Mapping[str, Any] | None) -> Mapping[str, Any]:

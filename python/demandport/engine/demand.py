@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -32,12 +33,47 @@ class Sink(Protocol):
         """The one terminal: it did not."""
 
 
+class Awaited:
+    """A sink that keeps the outcome for who awaits it, and lets what streams pass.
+
+    Args:
+        on_event: gets the demand's events.
+    """
+
+    def __init__(self, on_event: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.outcome: asyncio.Future[tuple[dict[str, Any], dict[str, Any]]]
+        self.outcome = asyncio.get_running_loop().create_future()
+        self._on_event = on_event
+
+    def chunk(self, node: str, port: str, value: Any) -> None:
+        """Let it pass."""
+
+    def full(self) -> bool:
+        return False
+
+    async def room(self) -> None:
+        return
+
+    def event(self, event: dict[str, Any]) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def complete(self, outputs: dict[str, Any], meta: dict[str, Any]) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result((outputs, meta))
+
+    def error(self, error: DemandportError, meta: dict[str, Any]) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+
+
 class Demand:
     """What the engine knows of one demand.
 
     Attributes:
         cell: the demanded node as it stood when the demand was made.
         deadline: on the clock of `time.monotonic`, or None. priority: -100 to 100; higher comes first.
+        label: what the session's events call it. failure: what it ended with, if that was an error.
         ran, cached: nodes evaluated for it, and results taken from the cache.
     """
 
@@ -50,6 +86,8 @@ class Demand:
         "deadline",
         "ended",
         "events",
+        "failure",
+        "label",
         "listening",
         "priority",
         "ran",
@@ -68,12 +106,15 @@ class Demand:
         events: bool = False,
         priority: int = 0,
         leave: Callable[[Demand], None] | None = None,
+        label: Any = None,
     ) -> None:
         self.cell = cell
         self.sink = sink
         self.deadline = deadline
         self.events = events
         self.priority = priority
+        self.label = label
+        self.failure: DemandportError | None = None
         self.started = started
         self.ended = False
         self.listening: list[Cell] = []
@@ -92,6 +133,7 @@ class Demand:
     def fail(self, error: DemandportError) -> None:
         """End with an error."""
         if self._end():
+            self.failure = error
             self.sink.error(error, self._meta())
             self._after_end()
 

@@ -51,6 +51,8 @@ class Executor:
         if cell.state >= DONE:
             demand.cached = 1
             demand.event("cache_hit", cell.node_id)
+            if cell.owner.log is not None:
+                cell.owner.log.add("cache_hit", cell.node_id, {"demand": demand.label})
             demand.complete(cell)
             return
         if demand.events:
@@ -186,7 +188,7 @@ class Executor:
 
     def _run_inline(self, cell: Cell, inputs: dict[str, Any]) -> None:
         spec = cell.spec
-        if cell.listeners:
+        if cell.listeners or cell.owner.log is not None:
             self._tell(cell, "task_started")
         try:
             if spec.context is not None:
@@ -233,7 +235,7 @@ class Executor:
         cell.outputs = outputs
         cell.state = state
         cell.counts_for = None
-        if cell.listeners:
+        if cell.listeners or cell.owner.log is not None:
             self._tell(cell, "task_completed", {"skipped": True} if state == SKIPPED else None)
         dependents, cell.dependents = cell.dependents, {}
         ready = self._ready
@@ -283,6 +285,9 @@ class Executor:
             cell.counts_for = None
 
     def _tell(self, cell: Cell, event: str, fields: dict[str, Any] | None = None) -> None:
+        log = cell.owner.log
+        if log is not None:
+            log.add(event, cell.node_id, fields)
         for demand in list(cell.listeners):
             demand.event(event, cell.node_id, fields)
 

@@ -38,6 +38,7 @@ class Runtime(Protocol):
     def emit_from_thread(self, port: str, chunk: Any) -> None: ...
     def event(self, event: str, fields: dict[str, Any]) -> None: ...
     async def wait_input(self, port: str) -> Any: ...
+    def open_graph(self, data: dict[str, Any]) -> Any: ...
     @property
     def deadline(self) -> float | None: ...
     @property
@@ -103,6 +104,16 @@ class Context:
         """Wait until the host sets this node's input `port` by `set_input`; returns the value."""
         return await self._runtime.wait_input(port)
 
+    def open_graph(self, data: dict[str, Any]) -> Any:
+        """A `Session` of a graph that this node evaluates itself, with the node types and resources of its own session.
+
+        Close it when the node is done.
+
+        Raises:
+            DemandportError: the graph breaks a rule.
+        """
+        return self._runtime.open_graph(data)
+
     @property
     def deadline(self) -> float | None:
         """When the last demand that wants this node gives up, on the clock of `time.monotonic`; None for never."""
@@ -139,7 +150,8 @@ def node(
     Args:
         node_type: the name that graphs use.
         runs: ``inline`` (pure and fast; in the event loop itself), ``async``, or ``thread`` (may block). Default:
-            ``async`` for async functions, else ``thread``.
+            ``async`` for async functions, else ``thread``. With ``host`` the function says the ports alone: the host
+            runs the node.
         category: for palettes. description: default is the first line of the docstring.
         outputs: port name → port type or `Port`. Default: one port ``output`` typed by the return hint. With one port,
             the function returns its value; with several, a dict by port.
@@ -182,9 +194,9 @@ def _spec_of(
 ) -> NodeSpec:
     style = _style_of(function)
     runs = runs or ("async" if style.startswith("async") else "thread")
-    if runs not in ("inline", "async", "thread"):
-        raise TypeError(f"{node_type}: runs is inline, async or thread, not {runs!r}")
-    if (runs == "async") != style.startswith("async") or (runs == "inline" and style != "function"):
+    if runs not in ("inline", "async", "thread", "host"):
+        raise TypeError(f"{node_type}: runs is inline, async, thread or host, not {runs!r}")
+    if (runs in ("async", "host")) != style.startswith("async") or (runs == "inline" and style != "function"):
         raise TypeError(f"{node_type}: a {style} cannot run {runs}")
     try:
         hints = get_type_hints(function, include_extras=True)

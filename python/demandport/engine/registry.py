@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint, distributions
 
 from demandport.engine.node import DECLARED
@@ -37,6 +37,11 @@ def load_specs(modules: Iterable[str]) -> dict[str, NodeSpec]:
             DECLARED.update(before)
             log.exception("the nodes of the package %s (%s) could not be loaded", package, entry.value)
     return dict(DECLARED)
+
+
+def runnable(specs: Mapping[str, NodeSpec]) -> dict[str, NodeSpec]:
+    """The node types that run where no host claims any."""
+    return {name: spec for name, spec in specs.items() if spec.runs != "host"}
 
 
 def _entry_points() -> Iterator[tuple[str, EntryPoint]]:

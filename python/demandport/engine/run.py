@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from demandport.engine.cell import Cell
 from demandport.engine.demand import Demand
 from demandport.engine.node import Context
-from demandport.errors import Cancelled, DemandportError, NodeFailed, from_exception
+from demandport.errors import Cancelled, DemandportError, NodeFailed, UnknownNodeType, from_exception
 from demandport.graph.spec import NodeSpec
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Run:
 
     def __init__(self, executor: Executor, cell: Cell, starting: Demand | None = None) -> None:
         self.cell = cell
-        self.resources: Mapping[str, Any] = executor.resources
+        self.resources: Mapping[str, Any] = cell.owner.resources or executor.resources
         self.cancelled = False
         self._executor = executor
         #: Wants the cell, and does not listen yet.
@@ -83,6 +83,14 @@ class Run:
 
     async def _outputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         spec = self.cell.spec
+        if spec.otherwise is None:
+            return await self._call(spec, inputs)
+        try:
+            return await self._call(spec, dict(inputs))
+        except UnknownNodeType:  # handed back
+            return await self._call(spec.otherwise, inputs)
+
+    async def _call(self, spec: NodeSpec, inputs: dict[str, Any]) -> dict[str, Any]:
         context = Context(self.cell.node_id, spec, self)
         if spec.context is not None:
             inputs[spec.context] = context
@@ -94,6 +102,8 @@ class Run:
                 await self.emit(spec.stream, chunk)
         elif spec.style == "generator":
             returned = await self._in_thread(lambda: self._iterate(spec.call(**inputs), spec.stream))
+        elif spec.runs == "inline":
+            returned = spec.call(**inputs)
         else:
             returned = await self._in_thread(lambda: spec.call(**inputs))
         streamed = {
@@ -105,8 +115,8 @@ class Run:
             if not isinstance(returned, dict):
                 returned = None
             return normalised(spec, None, streamed | (returned or {}) | context.extra)
-        if returned is None and streamed:
-            return normalised(spec, None, streamed | context.extra)
+        if streamed and (returned is None or (isinstance(returned, dict) and spec.single is None)):
+            return normalised(spec, None, streamed | (returned or {}) | context.extra)
         return normalised(spec, returned, context.extra)
 
     async def _in_thread(self, function: Any) -> Any:
@@ -178,6 +188,11 @@ class Run:
                 if not waiting and store.waiting.get(key) is waiting:
                     del store.waiting[key]
 
+    def open_graph(self, data: dict[str, Any]) -> Any:
+        from demandport.engine.session import Session
+
+        return Session.within(self.cell, self._executor, data)
+
     @property
     def deadline(self) -> float | None:
         demands = self.cell.listeners or ([self._starting] if self._starting else ())
@@ -191,7 +206,7 @@ class Run:
 
     def _push(self, port: str, chunk: Any) -> None:
         spec = self.cell.spec
-        if port not in spec.outputs:
+        if port not in spec.outputs and not spec.open_outputs:
             raise NodeFailed(f"{spec.node_type} has no output port {port!r}; its outputs: {', '.join(spec.outputs)}")
         if self.cell.run is not self:
             return  # let go, and perhaps run anew meanwhile
@@ -202,6 +217,8 @@ class Run:
 
     def _tell(self, event: str, fields: dict[str, Any]) -> None:
         if self.cell.run is self or self.cell.run is None:
+            if self.cell.owner.log is not None:
+                self.cell.owner.log.add(event, self.cell.node_id, fields)
             for demand in list(self.cell.listeners):
                 demand.event(event, self.cell.node_id, fields)
 
@@ -219,7 +236,7 @@ def normalised(spec: NodeSpec, returned: Any, extra: dict[str, Any] | None) -> d
     if extra:
         outputs.update(extra)
     for name in outputs:
-        if name not in spec.outputs:
+        if name not in spec.outputs and not spec.open_outputs:
             raise NodeFailed(f"{spec.node_type} gave a value for {name!r}; its outputs: {', '.join(spec.outputs)}")
     if len(outputs) < len(spec.outputs) and not spec.branches:
         forgotten = ", ".join(name for name in spec.outputs if name not in outputs)

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from demandport.engine.cell import DONE, RUNNING, SKIPPED, CellStore
-from demandport.engine.demand import Demand, Sink
+from demandport.engine.cell import DONE, RUNNING, SKIPPED, Cell, CellStore
+from demandport.engine.demand import Awaited, Demand, Sink
+from demandport.engine.events import EventLog
 from demandport.engine.executor import Executor
 from demandport.engine.timeline import (
     Timeline,
@@ -23,8 +24,12 @@ from demandport.engine.timeline import (
 from demandport.errors import Cancelled, DeadlineExceeded, DemandportError, UnknownNode, UnknownPort
 from demandport.graph.edits import apply
 from demandport.graph.loading import load
+from demandport.graph.model import Node
 from demandport.graph.spec import NodeSpec
-from demandport.graph.validation import Problem, require_runnable
+from demandport.graph.validation import Problem, require_runnable, target_port
+
+#: Demands within a node's own graph: the node itself says how many there are at once.
+_UNLIMITED = 1 << 30
 
 
 class Session:
@@ -35,6 +40,7 @@ class Session:
         specs: node types that can be run.
         max_running: demands that run at a time; 1 makes the session a strict queue.
         max_queued: demands that may wait for a place.
+        resources: what its nodes may use, where that is not what those of all sessions may.
 
     Raises:
         DemandportError: the graph breaks a rule.
@@ -48,16 +54,45 @@ class Session:
         *,
         max_running: int = 64,
         max_queued: int = 10_000,
+        resources: Mapping[str, Any] | None = None,
     ) -> None:
         self._graph = load(data)
         self._specs = specs
         self._executor = executor
-        self._store = CellStore(specs)
+        self._store = CellStore(specs, resources)
         self._timeline = Timeline(max_running, max_queued)
         #: Fires at the earliest deadline, or before.
         self._timer: asyncio.TimerHandle | None = None
         self._starting = False
         self.problems: list[Problem] = require_runnable(self._graph, specs)
+
+    @classmethod
+    def within(cls, cell: Cell, executor: Executor, data: dict[str, Any]) -> Session:
+        """A graph that a node evaluates, with the node types and resources of the session that the node is in.
+
+        Raises:
+            DemandportError: the graph breaks a rule.
+        """
+        owner = cell.owner
+        return cls(data, owner.specs, executor, max_running=_UNLIMITED, resources=owner.resources)
+
+    def input_port(self, node_id: str, name: str = "") -> str:
+        """The name of that input port of a node, or of its first.
+
+        Raises:
+            UnknownNode, UnknownPort: there is none.
+        """
+        spec = self._specs[self._node(node_id).node_type]
+        port = target_port(spec, name)
+        if port is None:
+            there = ", ".join(spec.inputs) or "none"
+            raise UnknownPort(f"{node_id!r} has no input port {name!r}; its input ports: {there}", node=node_id)
+        return port.name
+
+    @property
+    def ends(self) -> list[str]:
+        """The ids of the nodes that no other reads."""
+        return [node_id for node_id in self._graph.nodes if not self._graph.outgoing.get(node_id)]
 
     @property
     def size(self) -> int:
@@ -80,6 +115,7 @@ class Session:
         deadline_ms: int | None = None,
         priority: int = 0,
         events: bool = False,
+        label: Any = None,
     ) -> Demand:
         """Evaluate a node of the graph as it stands now. The demand may have ended when this returns.
 
@@ -87,22 +123,68 @@ class Session:
             on_end: called once, after the terminal went to `sink`.
             priority: of the demands that wait for a place, those of the highest priority start first; nodes hand it on
                 to the models they wait for.
+            label: what the session's events call it.
 
         Raises:
             UnknownNode: the graph has no such node.
             QueueFull: as many demands wait as may.
         """
-        if node_id not in self._graph.nodes:
-            raise UnknownNode(f"the graph has no node {node_id!r}", node=node_id)
+        return self._demand(self.at(node_id), sink, on_end, deadline_ms, priority, events, label)
+
+    def at(self, node_id: str) -> Cell:
+        """A node as the graph stands now, to be evaluated later by `outcome`.
+
+        Raises:
+            UnknownNode: the graph has no such node.
+        """
+        self._node(node_id)
+        return self._store.cell(self._graph, node_id)
+
+    async def outcome(
+        self,
+        cell: Cell,
+        *,
+        priority: int = 0,
+        deadline_ms: int | None = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+        label: Any = None,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Evaluate what `at` gave, in the session's order, and return the outputs and the demand's `meta`.
+
+        What streams is not heard. Cancelled, it cancels the demand.
+
+        Raises:
+            DemandportError: what the demand ended with.
+        """
+        sink = Awaited(on_event)
+        demand = self._demand(cell, sink, _nothing, deadline_ms, priority, on_event is not None, label)
+        try:
+            return await sink.outcome
+        finally:
+            if not demand.ended:
+                self.cancel(demand)
+
+    def _demand(
+        self,
+        cell: Cell,
+        sink: Sink,
+        on_end: Callable[[Demand], None],
+        deadline_ms: int | None,
+        priority: int,
+        events: bool,
+        label: Any,
+    ) -> Demand:
         now = admit(self._timeline)
         started = time.monotonic()
-        cell = self._store.cell(self._graph, node_id)
-        if cell.state >= DONE and now:  # answered from the cache: no place, no timer
+        log = self._store.log
+        if cell.state >= DONE and now and log is None:  # answered from the cache: no place, no timer
             demand = Demand(cell, sink, on_end, started, events=events)
             self._executor.start(demand)
             return demand
         deadline = None if deadline_ms is None else started + deadline_ms / 1000
-        demand = Demand(cell, sink, on_end, started, deadline, events, priority, self._ended)
+        demand = Demand(cell, sink, on_end, started, deadline, events, priority, self._ended, label)
+        if log is not None:
+            log.add("demand_started", cell.node_id, {"demand": label})
         enter(self._timeline, demand, now)
         if deadline is not None:
             self._arm()
@@ -142,6 +224,8 @@ class Session:
         """The one way out of the timeline, however it ended. One that ends as it starts comes back here, and does not
         nest."""
         leave(self._timeline, demand)
+        if self._store.log is not None:
+            self._log_end(self._store.log, demand)
         if self._starting:
             return
         self._starting = True
@@ -150,6 +234,21 @@ class Session:
                 self._executor.start(following)
         finally:
             self._starting = False
+
+    # -------------------------------------------------------------------------------------------- events
+
+    def keep_events(self, count: int) -> EventLog:
+        """From now on keep the last `count` events of this session; returns them, also if they are kept already."""
+        if self._store.log is None:
+            self._store.log = EventLog(count)
+        return self._store.log
+
+    def _log_end(self, log: EventLog, demand: Demand) -> None:
+        took = {"demand": demand.label, "duration_us": int((time.monotonic() - demand.started) * 1e6)}
+        if demand.failure is None:
+            log.add("demand_completed", demand.cell.node_id, took)
+        else:
+            log.add("demand_failed", demand.cell.node_id, {**took, "error": demand.failure.to_wire()})
 
     # -------------------------------------------------------------------------------- edits and outputs
 
@@ -164,6 +263,8 @@ class Session:
         stale = self._store.drop(before, changed)
         self._graph = graph
         given = ("set_input", "clear_input")
+        if self._store.log is not None:
+            self._store.log.add("edited", None, {"stale": stale})
         self._store.take_answers(graph, [(o["node"], o["port"]) for o in operations if o["op"] in given])
         return stale
 
@@ -173,20 +274,26 @@ class Session:
         Raises:
             UnknownNode, UnknownPort: there is none of that name.
         """
-        node = self._graph.nodes.get(node_id)
-        if node is None:
-            raise UnknownNode(f"the graph has no node {node_id!r}", node=node_id)
-        spec = self._specs[node.node_type]
-        if port not in spec.outputs:
-            raise UnknownPort(
-                f"{node_id!r} has no output port {port!r}; it has {', '.join(spec.outputs)}", node=node_id
-            )
+        self.check_output(node_id, port)
         cell = self._store.cells.get(node_id)
         if cell is None or cell.state < DONE:
             return {"status": "absent", "value": None}
         if cell.state == SKIPPED or port not in cell.outputs:
             return {"status": "skipped", "value": None}
         return {"status": "fresh", "value": cell.outputs[port]}
+
+    def check_output(self, node_id: str, port: str) -> None:
+        """Raises `UnknownNode` or `UnknownPort` unless the node has that output."""
+        spec = self._specs[self._node(node_id).node_type]
+        if port not in spec.outputs and not spec.open_outputs:
+            there = ", ".join(spec.outputs)
+            raise UnknownPort(f"{node_id!r} has no output port {port!r}; it has {there}", node=node_id)
+
+    def _node(self, node_id: str) -> Node:
+        node = self._graph.nodes.get(node_id)
+        if node is None:
+            raise UnknownNode(f"the graph has no node {node_id!r}", node=node_id)
+        return node
 
     def snapshot(self) -> dict[str, Any]:
         """Graph, inputs, and the state of every node."""
@@ -197,3 +304,7 @@ class Session:
         cell = self._store.cells.get(node_id)
         state = cell.state if cell else None
         return {DONE: "fresh", SKIPPED: "skipped", RUNNING: "running"}.get(state, "stale")  # type: ignore[arg-type]
+
+
+def _nothing(_: Demand) -> None:
+    pass

@@ -31,11 +31,19 @@ class Slots:
             QueueFull: as many are open as may be.
         """
         if self.open >= self.limit:
-            raise QueueFull(f"{self.limit} {self.name} are open, which is the most there may be; try later")
+            raise self.refusal()
+        self.enter()
+
+    def enter(self) -> None:
+        """One more is open, be there room or not: what is refused is there until it is told so."""
         self.open += 1
         self.taken += 1
         if self.open > self.most:
             self.most = self.open
+
+    def refusal(self) -> QueueFull:
+        """What to raise where `open` is over `limit`."""
+        return QueueFull(f"{self.limit} {self.name} are open, which is the most there may be; try later")
 
     def release(self) -> None:
         """One of them is over."""

@@ -1,7 +1,7 @@
 """Who runs now and who waits: the order of one session's demands, and their deadlines, as plain data.
 
-Each function here takes the timeline and the time, changes that data alone, and runs nothing: a session's tick is these,
-one after another.
+Each function here takes the timeline and the time, changes that data alone, and runs nothing: a session's tick is
+these, one after another.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def enter(timeline: Timeline, demand: Entry, now: bool) -> None:
 
 
 def next_to_start(timeline: Timeline) -> Any:
-    """Move the first of those that wait among those that run and return it; None when none waits or no place is free."""
+    """Move the first of those that wait among those that run; None when none waits or no place is free."""
     if not timeline.waiting or len(timeline.running) >= timeline.max_running:
         return None
     demand = next(iter(timeline.queued[max(timeline.queued)]))

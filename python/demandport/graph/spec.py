@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from demandport.errors import TypeMismatch
+from demandport.errors import BadMessage, TypeMismatch
 
 # fmt: off
 PORT_TYPES = frozenset((
@@ -19,6 +19,9 @@ PORT_TYPES = frozenset((
 _TEXT = frozenset({"string", "prompt"})
 _SAME = ({"string", "prompt"}, {"audio_stream", "stream"}, {"number", "integer"})
 _AS_TEXT = frozenset({"json", "number", "integer", "boolean"})
+
+#: Output port that a node of unknown ports is taken to have where none is named.
+_ONLY = "output"
 
 #: The mark of a port that has no default.
 REQUIRED: Any = type("Required", (), {"__repr__": lambda self: "REQUIRED"})()
@@ -61,13 +64,14 @@ class NodeSpec:
     """A node type: its ports, and the function that runs it.
 
     Attributes:
-        runs: execution class: inline, async or thread.
+        runs: execution class: inline, async, thread, or host.
         call: the author's function; takes the inputs by name.
         style: function, generator, async_function or async_generator.
         stream: the output port that a generator's chunks go to.
         context: name of the parameter that takes the `Context`, if there is one.
-        open_inputs: takes input ports of any further name.
+        open_inputs: takes input ports of any further name. open_outputs: gives outputs of any further name.
         branches: may leave out output ports; what hangs on those is skipped.
+        otherwise: what runs it where whoever runs it first hands it back.
     """
 
     node_type: str
@@ -83,6 +87,8 @@ class NodeSpec:
     open_inputs: bool = False
     branches: bool = False
     single: str | None = field(default=None)
+    open_outputs: bool = False
+    otherwise: NodeSpec | None = None
 
     def describe(self) -> dict[str, Any]:
         """The descriptor of protocol/SPEC.md, section 8."""
@@ -95,6 +101,56 @@ class NodeSpec:
             "outputs": [port.describe(output=True) for port in self.outputs.values()],
             "open_inputs": self.open_inputs,
         }
+
+
+def spec_from(description: Mapping[str, Any]) -> NodeSpec:
+    """The ports that a host says one of its node types has, as `NodeSpec.describe` writes them or as names alone.
+
+    Where it names no inputs, or no outputs, any are taken. Nothing runs it yet.
+
+    Raises:
+        BadMessage: it is no description; its place is named.
+    """
+    node_type = description["node_type"]
+    ports = {kind: _ports_from(f"{node_type}.{kind}", description.get(kind)) for kind in ("inputs", "outputs")}
+    outputs = ports["outputs"]
+    return NodeSpec(
+        node_type=node_type,
+        call=_nobody,
+        inputs=ports["inputs"] or {},
+        outputs=outputs or {},
+        runs="host",
+        category=str(description.get("category", "custom")),
+        description=str(description.get("description", "")),
+        stream=next(iter(outputs), _ONLY) if outputs else _ONLY,
+        open_inputs=ports["inputs"] is None or bool(description.get("open_inputs")),
+        open_outputs=outputs is None,
+        branches=outputs is None or bool(description.get("branches")),
+    )
+
+
+def _nobody() -> None:
+    raise AssertionError("who takes it in says what runs it")
+
+
+def _ports_from(place: str, ports: Any) -> dict[str, Port] | None:
+    if ports is None:
+        return None
+    if type(ports) is not list:
+        raise BadMessage(f"{place} must be a list of ports, not {_shown(ports)}")
+    return {port.name: port for port in (_port_from(f"{place}[{index}]", port) for index, port in enumerate(ports))}
+
+
+def _port_from(place: str, port: Any) -> Port:
+    about = {"name": port} if type(port) is str else port
+    if type(about) is not dict or type(about.get("name")) is not str or not about["name"]:
+        raise BadMessage(f"{place} must be a name or a map with a name, not {_shown(port)}")
+    kind = about.get("type", "any")
+    if kind not in PORT_TYPES:
+        raise BadMessage(f"{place}.type must be a port type, not {_shown(kind)}")
+    required = about.get("required", "default" not in about)
+    default = REQUIRED if required else about.get("default")
+    return Port(about["name"], kind, default, bool(about.get("multiple")), str(about.get("description", "")))
 
 
 def fits(source: str, target: str) -> bool:

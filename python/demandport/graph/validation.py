@@ -62,7 +62,10 @@ def require_runnable(graph: Graph, specs: Mapping[str, NodeSpec]) -> list[Proble
 
 def source_port(spec: NodeSpec, handle: str) -> Port | None:
     """The output that an edge's source handle means; an empty one means the first."""
-    return spec.outputs.get(handle) if handle else next(iter(spec.outputs.values()), None)
+    port = spec.outputs.get(handle) if handle else next(iter(spec.outputs.values()), None)
+    if port is None and spec.open_outputs:
+        return Port(handle or spec.stream)
+    return port
 
 
 def target_port(spec: NodeSpec, handle: str) -> Port | None:

@@ -21,8 +21,9 @@ import anyio.abc
 from demandport import __version__
 from demandport.engine.demand import Demand
 from demandport.engine.executor import Executor
-from demandport.engine.registry import hash_of
+from demandport.engine.registry import hash_of, runnable
 from demandport.engine.session import Session
+from demandport.engine.slots import Slots
 from demandport.errors import (
     BadMessage,
     Cancelled,
@@ -30,17 +31,20 @@ from demandport.errors import (
     DemandportError,
     Draining,
     Internal,
-    QueueFull,
     TypeMismatch,
     UnknownSession,
 )
 from demandport.graph.loading import load
 from demandport.graph.spec import NodeSpec
 from demandport.graph.validation import problems_of
+from demandport.ids import SessionId
 from demandport.inference.config import ModelSpec
 from demandport.inference.gateway import Gateway
 from demandport.pipes import Writer
-from demandport.service.streams import WireSink
+from demandport.service.host_calls import TOOLS, Host, HostCalls, SessionSpecs
+from demandport.service.many import ManySink
+from demandport.service.streams import Stream, WireSink
+from demandport.service.subscription import Subscription
 from demandport.wire import messages as m
 from demandport.wire.connection import MAX_OPEN_REQUESTS, Connection, Farewell, Refused
 from demandport.wire.outbox import Outbox
@@ -54,7 +58,9 @@ MAX_DEMANDS = 50_000
 ROOM_BYTES = 1 << 20
 #: Reading pauses while this much waits to be written: the host asks, and does not read the answers.
 PAUSE_BYTES = 64 << 20
-FEATURES = ["credit", "parts", "coalesce", "events", "ext_69"]
+FEATURES = ["credit", "parts", "coalesce", "events", "ext_69", "host_nodes", "demand_many", "subscribe"]
+#: Events that a session keeps once somebody subscribed to them, unless `open` says another number.
+EVENT_HISTORY = 1000
 
 
 class Service:
@@ -82,18 +88,21 @@ class Service:
         self._connection, self._outbox, self._writer = connection, outbox, writer
         self._executor, self._gateway, self._specs, self._tasks = executor, gateway, specs, tasks
         self._limits, self._end, self._pause = limits, end, pause
+        self._core = runnable(specs)
         self._sessions: dict[str, Session] = {}
         self._demands: dict[int, tuple[Session, Demand]] = {}
-        self._streams: dict[int, WireSink] = {}
+        self._streams: dict[int, Stream] = {}
+        self._subscriptions: dict[str, Subscription] = {}
+        self._host_calls = HostCalls(self.send)
+        self._session_slots = Slots("sessions", MAX_SESSIONS)
+        self._demand_slots = Slots("demands", MAX_DEMANDS)
         self._out = _DemandOut(self)
         self._roomless: deque[asyncio.Future[None]] = deque()
-        self._idle: list[asyncio.Future[None]] = []
         self._paused = False
         #: Messages that were read and not yet handled.
         self._read: deque[Any] = deque()
         self._draining = False
         self._last_demand = 0
-        self._completed = 0
         self._started = time.monotonic()
 
     # ------------------------------------------------------------------------------------- the loop
@@ -229,16 +238,10 @@ class Service:
 
     def _demand(self, message: m.Demand) -> None:
         id, options = message.id, message.options
-        if id > self._last_demand:
-            self._last_demand = id
         sink = WireSink(self._out, message)
-        self._streams[id] = sink
+        self._enter(id, sink)
         try:
-            if self._draining:
-                raise Draining("the service is draining; open another port")
-            if len(self._streams) > MAX_DEMANDS:
-                raise QueueFull(f"more than {MAX_DEMANDS} demands are open; try later")
-            session = self._session(message.session)
+            session = self._admit(message.session)
             demand = session.demand(
                 message.node,
                 sink,
@@ -246,6 +249,7 @@ class Service:
                 deadline_ms=options.deadline_ms,
                 priority=options.priority,
                 events=options.events,
+                label=id,
             )
             if not demand.ended:
                 self._demands[id] = (session, demand)
@@ -255,21 +259,40 @@ class Service:
             log.exception("a bug behind demand %s", id)
             sink.error(Internal(f"{type(bug).__name__}: {bug}"), {})
 
+    def _demand_many(self, message: m.DemandMany) -> Any:
+        sink = ManySink(self._out, message)
+        self._enter(message.id, sink)
+        try:
+            sink.begin(self._admit(message.session), self._tasks.start_soon)
+        except DemandportError as refused:
+            sink.give_up(refused)
+        return _LATER
+
+    def _enter(self, id: int, stream: Stream) -> None:
+        """A demand is open, until `stream_ended`."""
+        if id > self._last_demand:
+            self._last_demand = id
+        self._streams[id] = stream
+        self._demand_slots.enter()
+
+    def _admit(self, session: str) -> Session:
+        """The session of a new demand."""
+        if self._draining:
+            raise Draining("the service is draining; open another port")
+        if self._demand_slots.open > MAX_DEMANDS:
+            raise self._demand_slots.refusal()
+        return self._session(session)
+
     def _demand_ended(self, demand: Demand) -> None:
-        self._completed += 1
         sink = demand.sink
         assert isinstance(sink, WireSink)
         self._demands.pop(sink.id, None)
 
-    def stream_ended(self, stream: WireSink) -> None:
+    def stream_ended(self, stream: Stream) -> None:
         """The terminal of a demand is sent."""
         self._streams.pop(stream.id, None)
         self._connection.finish(stream.id)
-        if not self._streams:
-            for waiter in self._idle:
-                if not waiter.done():
-                    waiter.set_result(None)
-            self._idle.clear()
+        self._demand_slots.release()
 
     def _cancel(self, message: m.Cancel) -> bool:
         return self._cancel_demand(message.demand, Cancelled("the host cancelled the demand"))
@@ -300,27 +323,51 @@ class Service:
         return session
 
     def _open(self, message: m.Open) -> dict[str, Any]:
-        if message.session in self._sessions:
-            raise BadMessage(f"the session {message.session!r} is open already; close it first")
-        if len(self._sessions) >= MAX_SESSIONS:
-            raise QueueFull(f"{MAX_SESSIONS} sessions are open; close one")
-        options = message.options
-        session = Session(
-            message.graph,
-            self._specs,
-            self._executor,
-            max_running=options.max_running,
-            max_queued=options.max_queued,
-        )
-        self._sessions[message.session] = session
+        name, options = message.session, message.options
+        if name in self._sessions:
+            raise BadMessage(f"the session {name!r} is open already; close it first")
+        self._session_slots.take()
+        try:
+            specs, resources = self._as_host_wants(name, options)
+            session = Session(
+                message.graph,
+                specs,
+                self._executor,
+                max_running=options.max_running,
+                max_queued=options.max_queued,
+                resources=resources,
+            )
+        except BaseException:
+            self._session_slots.release()
+            raise
+        if options.event_history:
+            session.keep_events(options.event_history)
+        self._sessions[name] = session
         return {"nodes": session.size, "problems": [problem.to_wire() for problem in session.problems]}
+
+    def _as_host_wants(
+        self, session: SessionId, options: m.OpenOptions
+    ) -> tuple[Mapping[str, NodeSpec], Mapping[str, Any] | None]:
+        """The node types of a session, and what its nodes may use, with what the host runs of them."""
+        if not options.host_types and not options.host_else:
+            return self._core, None
+        host = Host(self._host_calls, session, options.host_timeout_ms)
+        specs = SessionSpecs(self._specs, host, options.host_types, options.host_else)
+        resources = dict(self._executor.resources)
+        if TOOLS in specs:
+            resources["call_tool"] = host.call_tool
+        return specs, resources
 
     def _close(self, message: m.Close) -> None:
         session = self._session(message.session)
         session.close()
         for stream in [s for s in self._streams.values() if s.session == message.session]:
             stream.give_up(Cancelled("the session was closed"))
+        subscription = self._subscriptions.pop(message.session, None)
+        if subscription is not None:
+            subscription.close()
         del self._sessions[message.session]
+        self._session_slots.release()
 
     def _snapshot(self, message: m.Snapshot) -> dict[str, Any]:
         return self._session(message.session).snapshot()
@@ -331,9 +378,36 @@ class Service:
     def _get_output(self, message: m.GetOutput) -> dict[str, Any]:
         return self._session(message.session).output(message.node, message.port)
 
+    def _subscribe(self, message: m.Subscribe) -> Any:
+        """Replayed events follow the reply, and the new ones follow them."""
+        name, options = message.session, message.options
+        kept = self._session(name).keep_events(EVENT_HISTORY)
+        since = kept.next if options.since is None else min(options.since, kept.next)
+        self._ok(message.id, {"first": kept.first, "next": kept.next})
+        if name in self._subscriptions:
+            self._subscriptions[name].close()
+        subscription = self._subscriptions[name] = Subscription(self._out, name, kept, since, options.kinds)
+        subscription.send()
+        return _LATER
+
+    def _unsubscribe(self, message: m.Unsubscribe) -> bool:
+        self._session(message.session)
+        subscription = self._subscriptions.pop(message.session, None)
+        if subscription is not None:
+            subscription.close()
+        return subscription is not None
+
+    def _answer(self, message: m.Answer) -> Any:
+        self._host_calls.answer(message.call, message.status, message.value)
+        return _LATER
+
+    def _answer_stream(self, message: m.AnswerStream) -> Any:
+        self._host_calls.stream(message.call, message.chunk, message.port)
+        return _LATER
+
     def _validate(self, message: m.Validate) -> dict[str, Any]:
         try:
-            problems = [problem.to_wire() for problem in problems_of(load(message.graph), self._specs)]
+            problems = [problem.to_wire() for problem in problems_of(load(message.graph), self._core)]
         except DemandportError as unreadable:
             problems = [{"code": unreadable.code, "message": unreadable.message, "node": unreadable.node}]
         return {"valid": not problems, "problems": problems}
@@ -386,13 +460,13 @@ class Service:
             "os_pid": os.getpid(),
             "version": __version__,
             "python": sys.version.partition(" ")[0],
-            "sessions": len(self._sessions),
+            "sessions": self._session_slots.report(),
             "demands": {
-                "open": len(self._streams),
+                **self._demand_slots.report(),
                 "running": sum(running for running, _ in loads),
                 "queued": sum(queued for _, queued in loads),
-                "ended": self._completed,
             },
+            "host_calls": self._host_calls.slots.report(),
             "nodes_running": self._executor.running,
             "pools": {"threads": self._executor.threads.health()},
             "workers": self._gateway.models(),
@@ -408,12 +482,9 @@ class Service:
         return self._later(message.id, lambda: self._drained(message.timeout_ms))
 
     async def _drained(self, timeout_ms: int) -> dict[str, int]:
-        open_at_start = len(self._streams)
-        if self._streams:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._idle.append(waiter)
-            with anyio.move_on_after(timeout_ms / 1000):
-                await waiter
+        open_at_start = self._demand_slots.open
+        with anyio.move_on_after(timeout_ms / 1000):
+            await self._demand_slots.empty()
         late = DeadlineExceeded("the service was drained")
         cancelled = sum(self._cancel_demand(id, late) for id in list(self._streams))
         return {"completed": open_at_start - cancelled, "cancelled": cancelled}
@@ -434,13 +505,22 @@ class _DemandOut:
         try:
             self._service.send(message, lane)
         except TypeMismatch as wrong:
-            if message[0] in ("demand_complete", "demand_error"):
-                meta = message[4] if message[0] == "demand_complete" else {}
-                self._service.send(["demand_error", message[1], wrong.at(message[1]).to_wire(), lane, meta], lane)
-            else:
-                service = self._service
-                service._streams[lane].broken = wrong.at(message[1])
-                asyncio.get_running_loop().call_soon(service._cancel_demand, lane, wrong)
+            self._send_instead(message, lane, wrong)
+
+    def _send_instead(self, message: list[Any], lane: int, wrong: TypeMismatch) -> None:
+        service, kind, node = self._service, message[0], message[1]
+        if kind == "node_event":
+            known = {key: message[2].get(key) for key in ("event", "node", "seq", "time_us")}
+            service.send([kind, node, {**known, "error": wrong.to_wire()}], lane)
+        elif kind == "node_stream":
+            sink = service._streams[lane]
+            assert isinstance(sink, WireSink)
+            sink.broken = wrong.at(node)
+            asyncio.get_running_loop().call_soon(service._cancel_demand, lane, wrong)
+        else:
+            meta = message[4] if kind == "demand_complete" else {}
+            error = wrong.at(node) if isinstance(node, str) else wrong
+            service.send(["demand_error", node, error.to_wire(), lane, meta], lane)
 
 
 _LATER = object()
@@ -451,6 +531,11 @@ _HANDLERS: dict[type[Any], Callable[[Service, Any], Any]] = {
     m.Snapshot: Service._snapshot,
     m.Edit: Service._edit,
     m.GetOutput: Service._get_output,
+    m.DemandMany: Service._demand_many,
+    m.Subscribe: Service._subscribe,
+    m.Unsubscribe: Service._unsubscribe,
+    m.Answer: Service._answer,
+    m.AnswerStream: Service._answer_stream,
     m.Cancel: Service._cancel,
     m.Credit: Service._credit,
     m.Validate: Service._validate,

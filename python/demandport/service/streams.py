@@ -6,10 +6,21 @@ import asyncio
 from typing import Any, Protocol
 
 from demandport.errors import DemandportError
+from demandport.ids import DemandId, SessionId
 from demandport.wire.credit import Sent, StreamWindow
 from demandport.wire.messages import Demand as DemandMessage
 
 Terminal = list[Any]
+
+
+class Stream(Protocol):
+    """A demand whose terminal is not sent yet."""
+
+    id: DemandId
+    session: SessionId
+
+    def grant(self, n: int) -> None: ...
+    def give_up(self, error: DemandportError) -> bool: ...
 
 
 class Out(Protocol):
@@ -18,7 +29,7 @@ class Out(Protocol):
     def send(self, message: list[Any], lane: int = 0) -> None: ...
     def has_room(self) -> bool: ...
     def on_room(self, waiter: asyncio.Future[None]) -> None: ...
-    def stream_ended(self, stream: WireSink) -> None: ...
+    def stream_ended(self, stream: Stream) -> None: ...
 
 
 class WireSink:

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from demandport.errors import BadMessage
-from demandport.ids import DemandId, NodeId, PortName, RequestId, SessionId
+from demandport.ids import CallId, DemandId, NodeId, PortName, RequestId, SessionId
 from demandport.wire.framing import MAX_FRAME_BYTES
 
 PROTOCOL = 1
@@ -29,8 +29,20 @@ class HelloOptions:
 
 @dataclass(slots=True)
 class OpenOptions:
+    """What a session is opened with.
+
+    Attributes:
+        host_types: node types that the host runs: a list of names and descriptors, or ``all``.
+        host_else: those that it runs where the core does not.
+        event_history: events that are kept for who subscribes; 0: none until somebody does.
+    """
+
     max_running: int = 64
     max_queued: int = 10_000
+    host_types: list[Any] | Literal["all"] = field(default_factory=list)
+    host_else: list[Any] | Literal["all"] = field(default_factory=list)
+    host_timeout_ms: int = 300_000
+    event_history: int = 0
 
 
 @dataclass(slots=True)
@@ -41,6 +53,23 @@ class DemandOptions:
     events: bool = False
     coalesce_ms: int = 0
     coalesce_bytes: int = 0
+
+
+@dataclass(slots=True)
+class ManyOptions:
+    mode: Literal["all", "try", "race"] = "all"
+    limit: int | None = None
+    deadline_ms: int | None = None
+    priority: int = 0
+    events: bool = False
+
+
+@dataclass(slots=True)
+class SubscribeOptions:
+    """Which events: `since`, the number of the first (None: those yet to come), and of which `kinds` (None: all)."""
+
+    since: int | None = None
+    kinds: list[str] | None = None
 
 
 @dataclass(slots=True)
@@ -110,6 +139,43 @@ class Demand:
     session: SessionId
     node: NodeId
     options: DemandOptions
+
+
+@dataclass(slots=True)
+class DemandMany:
+    id: DemandId
+    session: SessionId
+    nodes: list[NodeId]
+    options: ManyOptions
+
+
+@dataclass(slots=True)
+class Subscribe:
+    id: RequestId
+    session: SessionId
+    options: SubscribeOptions
+
+
+@dataclass(slots=True)
+class Unsubscribe:
+    id: RequestId
+    session: SessionId
+
+
+@dataclass(slots=True)
+class Answer:
+    """The end of a call to the host: `value` holds outputs by port, or the error."""
+
+    call: CallId
+    status: Literal["ok", "error"]
+    value: Any
+
+
+@dataclass(slots=True)
+class AnswerStream:
+    call: CallId
+    chunk: Any
+    port: PortName | None
 
 
 @dataclass(slots=True)
@@ -243,13 +309,38 @@ def _filter(name: str, value: Any) -> str | dict[str, Any] | None:
     raise _fail(name, "nil, a node type or {category}", value)
 
 
+def _any(name: str, value: Any) -> Any:
+    return value
+
+
+def _names(name: str, value: Any) -> list[Any]:
+    return [_name(f"{name}[{index}]", item) for index, item in enumerate(_list(name, value))]
+
+
+def _some_names(name: str, value: Any) -> list[Any]:
+    if not value:
+        raise _fail(name, "a list of at least one name", value)
+    return _names(name, value)
+
+
+def _claims(name: str, value: Any) -> Any:
+    """Node types that the host runs: names, or descriptors that say their ports."""
+    if value == "all":
+        return value
+    if type(value) is not list:
+        raise _fail(name, 'a list of node types or "all"', value)
+    for index, item in enumerate(value):
+        _name(f"{name}[{index}]", item.get("node_type") if type(item) is dict else item)
+    return value
+
+
 _id = _integer(1, MAX_ID)
 _milliseconds = _integer(0, 1 << 40)
 _bytes = _integer(0, 1 << 40)
 
 
 def _options(cls: type[Any], checks: dict[str, Check]) -> Check:
-    required = {field.name for field in fields(cls) if field.default is MISSING}
+    required = {one.name for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING}
 
     unset = None if required else cls()  # shared: nobody writes to options
 
@@ -297,7 +388,10 @@ _demand_options = _options(
         "coalesce_bytes": _bytes,
     },
 )
-_OPTIONAL_AT_END = {"options", "filter"}
+_OPTIONAL_AT_END = {"options", "filter", "port"}
+
+#: Messages whose number is that of something else than a request.
+_WITHOUT_REPLY = ("credit", "answer", "answer_stream")
 
 #: Message type → its class and, in order, its fields with the check of each.
 SHAPES: dict[str, tuple[type[Any], list[tuple[str, Check]]]] = {
@@ -328,7 +422,17 @@ SHAPES: dict[str, tuple[type[Any], list[tuple[str, Check]]]] = {
             ("graph", _map),
             (
                 "options",
-                _options(OpenOptions, {"max_running": _integer(1, 100_000), "max_queued": _integer(0, 1_000_000)}),
+                _options(
+                    OpenOptions,
+                    {
+                        "max_running": _integer(1, 100_000),
+                        "max_queued": _integer(0, 1_000_000),
+                        "host_types": _claims,
+                        "host_else": _claims,
+                        "host_timeout_ms": _integer(1, 1 << 40),
+                        "event_history": _integer(0, 100_000),
+                    },
+                ),
             ),
         ],
     ),
@@ -345,6 +449,41 @@ SHAPES: dict[str, tuple[type[Any], list[tuple[str, Check]]]] = {
             ("options", _demand_options),
         ],
     ),
+    "demand_many": (
+        DemandMany,
+        [
+            ("id", _id),
+            ("session", _name),
+            ("nodes", _some_names),
+            (
+                "options",
+                _options(
+                    ManyOptions,
+                    {
+                        "mode": _one_of("all", "try", "race"),
+                        "limit": _optional(_integer(1, 100_000)),
+                        "deadline_ms": _optional(_milliseconds),
+                        "priority": _integer(-100, 100),
+                        "events": _boolean,
+                    },
+                ),
+            ),
+        ],
+    ),
+    "subscribe": (
+        Subscribe,
+        [
+            ("id", _id),
+            ("session", _name),
+            (
+                "options",
+                _options(SubscribeOptions, {"since": _optional(_integer(0, MAX_ID)), "kinds": _optional(_names)}),
+            ),
+        ],
+    ),
+    "unsubscribe": (Unsubscribe, [("id", _id), ("session", _name)]),
+    "answer": (Answer, [("call", _id), ("status", _one_of("ok", "error")), ("value", _any)]),
+    "answer_stream": (AnswerStream, [("call", _id), ("chunk", _any), ("port", _optional(_name))]),
     "cancel": (Cancel, [("id", _id), ("demand", _id)]),
     "credit": (Credit, [("demand", _id), ("n", _integer(1, MAX_ID))]),
     "validate": (Validate, [("id", _id), ("graph", _map)]),
@@ -425,6 +564,8 @@ def _quick_demand(message: list[Any]) -> Demand | None:
 
 
 def readable_id(message: list[Any]) -> int:
-    """The id of a message that could not be parsed, or 0 when none can be read."""
+    """The id of a message that could not be parsed, or 0 when none can be read, or it stands for what is no request."""
+    if message and message[0] in _WITHOUT_REPLY:
+        return 0
     found = message[1] if len(message) > 1 else 0
     return found if type(found) is int and 0 < found <= MAX_ID else 0
