@@ -33,6 +33,14 @@ class Sink(Protocol):
         """The one terminal: it did not."""
 
 
+def cached_meta(cell: Cell) -> dict[str, Any]:
+    """The `meta` of a demand that is answered from the cache at once."""
+    meta: dict[str, Any] = {"duration_us": 0, "ran": 0, "cached": 1}
+    if cell.state == SKIPPED:
+        meta["skipped"] = True
+    return meta
+
+
 class Awaited:
     """A sink that keeps the outcome for who awaits it, and lets what streams pass.
 

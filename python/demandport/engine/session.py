@@ -131,6 +131,22 @@ class Session:
         """
         return self._demand(self.at(node_id), sink, on_end, deadline_ms, priority, events, label)
 
+    def known(self, node_id: str) -> Cell | None:
+        """The node's cell where a demand on it would start now and end at once, from the cache: then none is needed.
+
+        None, too, where events are kept, which tell of it.
+        """
+        cell = self._store.cells.get(node_id)
+        timeline = self._timeline
+        if (
+            cell is None
+            or cell.state < DONE
+            or self._store.log is not None
+            or len(timeline.running) >= timeline.max_running
+        ):
+            return None
+        return cell
+
     def at(self, node_id: str) -> Cell:
         """A node as the graph stands now, to be evaluated later by `outcome`.
 
@@ -177,10 +193,6 @@ class Session:
         now = admit(self._timeline)
         started = time.monotonic()
         log = self._store.log
-        if cell.state >= DONE and now and log is None:  # answered from the cache: no place, no timer
-            demand = Demand(cell, sink, on_end, started, events=events)
-            self._executor.start(demand)
-            return demand
         deadline = None if deadline_ms is None else started + deadline_ms / 1000
         demand = Demand(cell, sink, on_end, started, deadline, events, priority, self._ended, label)
         if log is not None:

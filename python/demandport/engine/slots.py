@@ -41,6 +41,10 @@ class Slots:
         if self.open > self.most:
             self.most = self.open
 
+    def passed(self) -> None:
+        """One came and went at once."""
+        self.taken += 1
+
     def refusal(self) -> QueueFull:
         """What to raise where `open` is over `limit`."""
         return QueueFull(f"{self.limit} {self.name} are open, which is the most there may be; try later")

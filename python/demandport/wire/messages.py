@@ -554,13 +554,19 @@ def _quick_demand(message: list[Any]) -> Demand | None:
         and 0 < len(session) <= MAX_NAME_BYTES
         and 0 < len(node) <= MAX_NAME_BYTES
     ):
-        return Demand(
-            DemandId(id),
-            SessionId(session),
-            NodeId(node),
-            _demand_options("options", message[4] if given == 5 else None),
-        )
+        options = _quick_options(message[4] if given == 5 else None)
+        return Demand(DemandId(id), SessionId(session), NodeId(node), options)
     return None
+
+
+def _quick_options(given: Any) -> DemandOptions:
+    """Those that come most often, credit alone, without asking the table."""
+    if type(given) is dict and len(given) == 1:
+        credit = given.get("credit")
+        if type(credit) is int and 0 <= credit <= MAX_ID:
+            return DemandOptions(None, credit)
+    options: DemandOptions = _demand_options("options", given)
+    return options
 
 
 def readable_id(message: list[Any]) -> int:

@@ -49,15 +49,14 @@ def check_travels(message: list[Any]) -> None:
     Raises:
         TypeMismatch: a map key is no string, or something is nested deeper than `MAX_DEPTH`.
     """
-    level: list[Any] = [item for item in message if type(item) not in _SCALARS]
+    level: Iterable[Any] = message
     for _ in range(MAX_DEPTH + 1):
-        if not level:
-            return
         below: list[Any] = []
-        for outer in level:
-            for item in _inner(outer):
-                if type(item) not in _SCALARS:
-                    below.append(item)
+        for item in level:
+            if type(item) not in _SCALARS:
+                below.extend(_inner(item))
+        if not below:
+            return
         level = below
     raise TypeMismatch(f"a value nested deeper than {MAX_DEPTH} cannot travel")
 
