@@ -10,12 +10,20 @@ import pytest
 
 from demandport.errors import DemandportError, TypeMismatch
 from demandport.inference.config import OLLAMA_URL, Config, ModelSpec, load_config
+from demandport.settings import Tables
 
 
 def loaded(tmp_path: Path, text: str, **environment: str) -> Config:
     file = tmp_path / "models.toml"
     file.write_text(text)
-    return load_config(file, environment)
+    return read(file, environment)
+
+
+def read(file: Path | None, environment: dict[str, str]) -> Config:
+    tables = Tables.read(file)
+    config = load_config(tables, environment)
+    tables.require_known()
+    return config
 
 
 def refusal(tmp_path: Path, text: str, **environment: str) -> str:
@@ -28,7 +36,7 @@ def refusal(tmp_path: Path, text: str, **environment: str) -> str:
 
 
 def test_nothing_said_is_the_defaults() -> None:
-    config = load_config(None, {})
+    config = read(None, {})
     assert config == Config()
     assert (config.default_model, config.model_directories, config.memory_limit_bytes) == ("tiny", (), None)
     assert (config.cache_directory, config.ollama_url, dict(config.models)) == (None, OLLAMA_URL, {})
@@ -192,7 +200,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> No
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(TypeMismatch, match=r"m\.toml: "):
-        load_config(file, {})
+        read(file, {})
 
 
 def test_what_is_made_without_a_file_is_checked_too() -> None:

@@ -1,4 +1,5 @@
 """The built-in node types, one module per family."""
 
+_FAMILIES = ("inputs", "logic", "files", "process", "http", "generation", "models", "library")
 #: Modules whose import declares the built-in node types.
-BUILT_IN = tuple(f"demandport.nodes.{name}" for name in ("inputs", "logic", "files", "generation", "models", "library"))
+BUILT_IN = tuple(f"demandport.nodes.{name}" for name in _FAMILIES)
