@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 PARSES = ("auto", "json", "text", "bytes")
 MAX_REDIRECTS = 10
+_PORTS = {"http": 80, "https": 443}
 #: Headers that say to whom a request goes and how it is framed: a request's own would be a way around the allow-list.
 # fmt: off
 OURS = frozenset((
@@ -67,10 +68,13 @@ class Rule:
     below: bool = False
     port: int | None = None
 
-    def allows(self, host: str, port: int | None) -> bool:
-        """Whether a URL with this host, and this port unless it is the scheme's own, may be asked."""
+    def allows(self, url: httpx.URL) -> bool:
+        """Whether this URL, its host in the form of `_allowed`, may be asked."""
+        host = url.raw_host.decode("ascii")  # as it goes to the DNS: other letters than ASCII's are spelled so
         same = host.endswith("." + self.host) if self.below else host == self.host
-        return same and self.port in (0, port)
+        if self.port is None:
+            return same and url.port is None
+        return same and self.port in (0, url.port or _PORTS[url.scheme])
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +140,14 @@ def _rule(pattern: str) -> Rule:
 # ------------------------------------------------------------------------------------------------------- the node
 
 
-@node("http-request", category="data", outputs={"status": "integer", "headers": "json", "body": "any"})
+_OUTPUTS = {
+    "status": Port(type="integer", description="Of the last answer, whatever it is."),
+    "headers": Port(type="json", description="By name in lower case; repeated ones joined, `set-cookie` a list."),
+    "body": Port(type="any", description="nil if empty, else the value of JSON, text by its charset, or bytes."),
+}
+
+
+@node("http-request", category="data", outputs=_OUTPUTS)
 async def http_request(
     ctx: Context,
     url: str,
@@ -149,9 +160,8 @@ async def http_request(
 ) -> dict[str, Any]:
     """Asks a host that the configuration allows. Every status is an output; no answer is an error.
 
-    By itself a JSON answer becomes its value, text becomes text by its charset, anything else bytes, and an empty one
-    nil. Names of headers come in lower case; repeated ones are joined by a comma, but `set-cookie` is a list. Cancel
-    closes the connection.
+    By its content type a JSON answer becomes its value, text becomes text by its charset, anything else bytes, and an
+    empty one nil; with `parse` it is what that says. Cancel closes the connection.
     """
     config: HttpConfig | None = ctx.resources.get("http")
     if config is None or not config.rules:
@@ -287,14 +297,14 @@ def _allowed(url: str | httpx.URL, config: HttpConfig) -> httpx.URL:
         host = read.raw_host.decode("ascii").lower().removesuffix(".")
     except (httpx.InvalidURL, ValueError, TypeError):
         raise TypeMismatch("url is none; give one such as https://api.example.com/path") from None
-    if read.scheme not in ("http", "https") or not host:
+    if read.scheme not in _PORTS or not host:
         raise TypeMismatch("url must begin with http:// or https:// and name a host")
     if read.userinfo:
         raise Forbidden("url must not hold a user or password; give them as a header")
     with contextlib.suppress(ValueError):
         host = str(ipaddress.ip_address(host))
     read = read.copy_with(host=host)
-    if not any(rule.allows(host, read.port) for rule in config.rules):
+    if not any(rule.allows(read) for rule in config.rules):
         raise Forbidden(f"the host {_shown(read)} is not among `allow_hosts` of the configuration's table [http]")
     return read
 

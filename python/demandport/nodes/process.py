@@ -166,7 +166,14 @@ class Processes:
             self._wanted -= 1
 
 
-@node("process", category="data", outputs={"stdout": "any", "stderr": "string", "exit_status": "integer"})
+_OUTPUTS = {
+    "stdout": Port(type="any", description="Text, what is no UTF-8 replaced, or bytes, as `output` says."),
+    "stderr": Port(type="string", description="Of much the beginning and the end."),
+    "exit_status": Port(type="integer", description="128 + n when signal n ended it."),
+}
+
+
+@node("process", category="data", outputs=_OUTPUTS)
 async def process(
     ctx: Context,
     command: str,
@@ -176,8 +183,12 @@ async def process(
     output: Annotated[str, Port(type="string", description="What stdout is: text or bytes.")] = "text",
     check: Annotated[bool, Port(type="boolean", description="A status other than 0 is an error.")] = False,
 ) -> dict[str, Any]:
-    """Runs a program that the configuration allows, by no shell, and streams its stdout; while nobody takes that, it is
-    held up."""
+    """Runs a program that the configuration allows, without a shell, and streams its stdout.
+
+    While a consumer has not taken what was streamed, the program is held up. A status other than 0 is an output. When
+    the node ends, by timeout or cancel too, its whole process group is ended: SIGTERM, after a second SIGKILL; when the
+    program itself ends, what is left of the group is killed at once.
+    """
     if output not in ("text", "bytes"):
         raise TypeMismatch(f"output must be text or bytes, not {output!r:.40}")
     if timeout_ms is not None and timeout_ms < 1:
