@@ -196,12 +196,12 @@ async def process(
     processes: Processes | None = ctx.resources.get("process")
     if processes is None:
         raise Forbidden("no command is allowed here; name it in `allow` of the configuration's table [process]")
-    argv = [processes.program(command), *_arguments(args)]
+    argv, content = [processes.program(command), *_arguments(args)], _input(stdin)
     async with processes.place():
         run = Command.start(
             argv,
             name=command,
-            stdin=_input(stdin),
+            stdin=content,
             environment=processes.environment(),
             directory=processes.config.directory,
         )
