@@ -7,6 +7,8 @@ import gzip
 import json
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -22,6 +24,7 @@ from demandport.nodes import BUILT_IN
 from demandport.nodes.http import METHODS, OURS, HttpConfig, _allowed
 from http_script import Exchange, Script, ScriptedServer, scripted
 from sink import TIMEOUT_S, Sink
+from support import environment
 
 SPECS = load_specs(BUILT_IN)
 Ask = Callable[..., Awaitable[Sink]]
@@ -572,3 +575,9 @@ def test_proxies_and_passwords_of_the_environment_are_not_used(monkeypatch: pyte
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     _, (exchange,) = heard(ok)
     assert "authorization" not in exchange.headers
+
+
+def test_httpx_is_imported_by_the_first_request_alone() -> None:
+    code = "import sys; import demandport.service.main, demandport.nodes.http; print('httpx' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
