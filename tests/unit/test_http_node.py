@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -24,7 +25,7 @@ from demandport.nodes import BUILT_IN
 from demandport.nodes.http import METHODS, OURS, HttpConfig, _allowed
 from http_script import Exchange, Script, ScriptedServer, scripted
 from sink import TIMEOUT_S, Sink
-from support import environment
+from support import ServiceProcess, environment
 
 SPECS = load_specs(BUILT_IN)
 Ask = Callable[..., Awaitable[Sink]]
@@ -581,3 +582,12 @@ def test_httpx_is_imported_by_the_first_request_alone() -> None:
     code = "import sys; import demandport.service.main, demandport.nodes.http; print('httpx' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_the_service_honours_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[http]\nallow_hosts = ['127.0.0.1:1']")
+    with ServiceProcess("--config", str(tmp_path / "config.toml")) as service:
+        urls = {"allowed": "http://127.0.0.1:1/", "other": "http://127.0.0.1:2/"}
+        service.open("s", *((name, "http-request", {"url": url}) for name, url in urls.items()))
+        codes = [service.request("demand", "s", name, {})[2]["code"] for name in urls]
+    assert codes == ["backend_unavailable", "forbidden"]  # nobody listens on port 1
