@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from demandport.inference.config import Config
     from demandport.inference.library import LibraryEntry
+    from demandport.nodes.http import HttpConfig
+    from demandport.nodes.process import ProcessConfig
 
 USAGE_ERROR = 64
 
@@ -41,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-frame-bytes", type=_frame_bytes, default=64 * 1024 * 1024, metavar="N")
     serve.add_argument("--files", metavar="DIR", help="directory that file nodes may use (none)")
     serve.add_argument("--model", help="model for nodes that name none (tiny)")
-    serve.add_argument("--config", metavar="FILE.toml", help="which models there are, and how each is run")
+    serve.add_argument("--config", metavar="FILE.toml", help="models, and what nodes may start and ask")
     serve.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
     serve.set_defaults(function=_serve)
 
@@ -52,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--events", action="store_true", help="show what happens, on stderr")
     run.add_argument("--files", metavar="DIR", help="directory that file nodes may use (none)")
     run.add_argument("--model", help="model for nodes that name none (tiny)")
-    run.add_argument("--config", metavar="FILE.toml", help="which models there are, and how each is run")
+    run.add_argument("--config", metavar="FILE.toml", help="models, and what nodes may start and ask")
     run.set_defaults(function=_run)
 
     nodes = commands.add_parser("nodes", help="list node types with their ports")
@@ -111,10 +113,16 @@ def _serve(arguments: argparse.Namespace) -> int:
         print(f"demandport serve: {wrong}", file=sys.stderr)
         return USAGE_ERROR
     # Only now: nothing that these import can print onto the port.
-    models = _models_config(arguments.config, arguments.model)
+    configured = _configured(arguments.config, arguments.model)
     from demandport.service.main import Settings, serve
 
-    settings = Settings(arguments.codec, arguments.max_frame_bytes, models, arguments.files, arguments.log_level)
+    settings = Settings(
+        arguments.codec,
+        arguments.max_frame_bytes,
+        files=arguments.files,
+        log_level=arguments.log_level,
+        **configured._asdict(),
+    )
     serve(*fds, settings)
     return 0
 
@@ -126,23 +134,35 @@ def _run(arguments: argparse.Namespace) -> int:
         _read_json(arguments.graph),
         arguments.node,
         arguments.inputs,
-        models=_models_config(arguments.config, arguments.model),
         events=arguments.events,
         files=arguments.files,
+        **_configured(arguments.config, arguments.model)._asdict(),
     )
 
 
-def _models_config(file: str | None, default_model: str | None) -> Config:
-    """The configuration of models; one that is wrong ends the command."""
+class _Configured(NamedTuple):
+    models: Config
+    process: ProcessConfig
+    http: HttpConfig
+
+
+def _configured(file: str | None, default_model: str | None = None) -> _Configured:
+    """The configuration, each part read by whom it concerns; one that is wrong ends the command."""
     from demandport.errors import DemandportError
-    from demandport.inference.config import load_config
+    from demandport.inference import config as models
+    from demandport.nodes import http, process
+    from demandport.settings import Tables
 
     try:
-        config = load_config(None if file is None else Path(file))
+        tables = Tables.read(None if file is None else Path(file))
+        found = _Configured(models.load_config(tables), process.load_config(tables), http.load_config(tables))
+        tables.require_known()
     except DemandportError as wrong:
         print(f"demandport: {wrong.message}", file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from None
-    return config if default_model is None else replace(config, default_model=default_model)
+    if default_model is None:
+        return found
+    return found._replace(models=replace(found.models, default_model=default_model))
 
 
 def _nodes(arguments: argparse.Namespace) -> int:
@@ -168,7 +188,7 @@ def _models(arguments: argparse.Namespace) -> int:
         if not directory.is_dir():
             print(f"demandport: {directory}: no such directory", file=sys.stderr)
             return USAGE_ERROR
-    directories = arguments.directories or _models_config(arguments.config, None).model_directories
+    directories = arguments.directories or _configured(arguments.config).models.model_directories
     entries = Library(directories).entries()
     if arguments.json:
         print(json.dumps([entry.describe() for entry in entries], indent=2))

@@ -17,6 +17,8 @@ from demandport.graph.spec import as_text
 from demandport.inference.config import Config
 from demandport.inference.gateway import Gateway
 from demandport.nodes import BUILT_IN
+from demandport.nodes.http import HttpConfig
+from demandport.nodes.process import ProcessConfig, Processes
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -26,28 +28,37 @@ Inputs = list[tuple[str, str, Any]]
 
 
 def run(
-    graph: Any, node: str, inputs: Inputs, *, models: Config, events: bool = False, files: str | None = None
+    graph: Any,
+    node: str,
+    inputs: Inputs,
+    *,
+    models: Config,
+    process: ProcessConfig,
+    http: HttpConfig,
+    events: bool = False,
+    files: str | None = None,
 ) -> int:
     """Evaluate `node`; what streams goes to stdout as it comes, then the outputs that did not stream.
 
     Args:
         inputs: (node, port, value) to set first.
-        models: which models there are.
+        models: which models there are. process, http: what nodes may start, and whom they may ask.
         events: show events on stderr.
 
     Returns:
         exit status: 0, or 1 when the demand failed (the error is on stderr).
     """
-    return anyio.run(_run, graph, node, inputs, models, events, files)
+    lent = {"files_root": files, "process": Processes(process), "http": http}
+    return anyio.run(_run, graph, node, inputs, models, lent, events)
 
 
-async def _run(graph: Any, node: str, inputs: Inputs, models: Config, events: bool, files: str | None) -> int:
+async def _run(graph: Any, node: str, inputs: Inputs, models: Config, lent: dict[str, Any], events: bool) -> int:
     gateway = Gateway(models)
     terminal = _Terminal(events)
     status = 1
     try:
         async with anyio.create_task_group() as tasks:
-            resources = {"gateway": gateway, "library": gateway.library, "files_root": files}
+            resources = {"gateway": gateway, "library": gateway.library, **lent}
             status = await _demand(graph, Executor(tasks, resources), node, inputs, terminal)
     finally:
         terminal.bars.stop()

@@ -12,6 +12,7 @@ from functools import partial
 import psutil
 import pytest
 
+from demandport.workers.group import read_rest
 from demandport.workers.process import kill_all, live_workers
 from demandport.workers.spawner import MAX_LINE_BYTES, LocalSpawner
 from support import gone, run_within
@@ -156,6 +157,24 @@ def test_it_does_not_outlive_a_service_that_is_killed():
         os.kill(service.pid, signal.SIGKILL)
         service.wait()
         assert gone([program])
+
+
+def test_whoever_writes_on_into_the_pipe_of_a_program_that_ended_is_not_heard_for_ever():
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    heard = 0
+
+    def feed(data):
+        nonlocal heard
+        heard += len(data)
+        assert heard < 100 << 20
+        os.write(writer, data)
+
+    os.write(writer, bytes(60_000))
+    read_rest(reader, feed)
+    os.close(reader)
+    os.close(writer)
+    assert 60_000 < heard < 2 << 20
 
 
 def test_the_shim_imports_next_to_nothing():

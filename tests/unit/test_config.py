@@ -1,21 +1,34 @@
-"""The configuration of models: where each value comes from, and what is said of a wrong one."""
+"""The configuration: where each value comes from, and what is said of a wrong one."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from demandport.cli import USAGE_ERROR, main
 from demandport.errors import DemandportError, TypeMismatch
 from demandport.inference.config import OLLAMA_URL, Config, ModelSpec, load_config
+from demandport.nodes import http, process
+from demandport.nodes.http import HttpConfig
+from demandport.nodes.process import ProcessConfig
+from demandport.settings import Tables
 
 
 def loaded(tmp_path: Path, text: str, **environment: str) -> Config:
     file = tmp_path / "models.toml"
     file.write_text(text)
-    return load_config(file, environment)
+    return read(file, environment)
+
+
+def read(file: Path | None, environment: dict[str, str]) -> Config:
+    tables = Tables.read(file)
+    config = load_config(tables, environment)
+    tables.require_known()
+    return config
 
 
 def refusal(tmp_path: Path, text: str, **environment: str) -> str:
@@ -28,7 +41,7 @@ def refusal(tmp_path: Path, text: str, **environment: str) -> str:
 
 
 def test_nothing_said_is_the_defaults() -> None:
-    config = load_config(None, {})
+    config = read(None, {})
     assert config == Config()
     assert (config.default_model, config.model_directories, config.memory_limit_bytes) == ("tiny", (), None)
     assert (config.cache_directory, config.ollama_url, dict(config.models)) == (None, OLLAMA_URL, {})
@@ -192,10 +205,128 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> No
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(TypeMismatch, match=r"m\.toml: "):
-        load_config(file, {})
+        read(file, {})
 
 
 def test_what_is_made_without_a_file_is_checked_too() -> None:
     for make in (lambda: Config(ollama_url="x"), lambda: ModelSpec("a\0b"), lambda: ModelSpec.from_options({})):
         with pytest.raises(DemandportError, match=r"parameter (ollama_url|model) "):
             make()
+
+
+# ------------------------------------------------------------------------------------- programs and hosts for nodes
+
+
+def configured(tmp_path: Path, text: str, **environment: str) -> tuple[ProcessConfig, HttpConfig]:
+    file = tmp_path / "config.toml"
+    file.write_text(text)
+    tables = Tables.read(file)
+    return process.load_config(tables, environment), http.load_config(tables, environment)
+
+
+def test_nothing_is_allowed_unless_it_is_said(tmp_path: Path) -> None:
+    programs, hosts = configured(tmp_path, "")
+    assert (programs, hosts) == (ProcessConfig(), HttpConfig())
+    assert dict(programs.programs) == {} and hosts.rules == ()
+
+
+def test_programs_and_hosts_from_the_file(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    text = """
+    [process]
+    allow = ["/bin/sh", "cat"]
+    environment = {LANG = "C"}
+    pass_environment = ["SSH_AUTH_SOCK"]
+    directory = "there"
+    max_output_bytes = 1000
+    max_running = 2
+    [http]
+    allow_hosts = ["api.example.com", "*.example.org"]
+    max_body_bytes = 2000
+    timeout_ms = 500
+    """
+    programs, hosts = configured(tmp_path, text)
+    assert programs == ProcessConfig(
+        ("/bin/sh", "cat"), {"LANG": "C"}, ("SSH_AUTH_SOCK",), tmp_path / "there", max_output_bytes=1000, max_running=2
+    )
+    assert programs.programs["sh"] == programs.programs["/bin/sh"] == "/bin/sh"
+    assert hosts == HttpConfig(("api.example.com", "*.example.org"), max_body_bytes=2000, timeout_ms=500)
+
+
+def test_the_environment_stands_over_the_file_for_programs_and_hosts_too(tmp_path: Path) -> None:
+    text = "[process]\nallow = ['cat']\nmax_running = 2\n[http]\nallow_hosts = ['a.test']\ntimeout_ms = 5"
+    variables = {"DEMANDPORT_PROCESS_ALLOW": "/bin/sh::ls", "DEMANDPORT_HTTP_ALLOW_HOSTS": "b.test, [::1]:80,"}
+    programs, hosts = configured(tmp_path, text, **variables)
+    assert programs == ProcessConfig(("/bin/sh", "ls"), max_running=2)
+    assert hosts == HttpConfig(("b.test", "[::1]:80"), timeout_ms=5)
+    programs, hosts = configured(tmp_path, text, DEMANDPORT_PROCESS_ALLOW="", DEMANDPORT_HTTP_ALLOW_HOSTS="")
+    assert dict(programs.programs) == {} and hosts.rules == ()
+
+
+WRONG_FOR_NODES: list[Any] = [
+    ("process = 5", "config.toml: process: must be a table"),
+    ("[process]\nallowed = []", "process: parameter allowed is not known; known are allow, directory, "),
+    ("[process]\nprograms = {}", "process: parameter programs is not known"),
+    ("[process]\nallow = 'ls'", "process: parameter allow must be a list of strings, not str"),
+    ("[process]\nallow = [5]", "process: parameter allow must be a list of strings, not int"),
+    ("[process]\nallow = ['']", "process: parameter allow must hold absolute paths, or names on the PATH, not ''"),
+    ("[process]\nallow = ['./x']", "parameter allow must hold absolute paths, or names on the PATH, not './x'"),
+    ("[process]\nallow = ['no-such-tool']", "parameter allow names 'no-such-tool', which is not on the PATH"),
+    ("[process]\nallow = ['/etc/passwd']", "parameter allow names '/etc/passwd', that is no program"),
+    ("[process]\nallow = ['/bin']", "parameter allow names '/bin', that is no program"),
+    ("[process]\nenvironment = 'x'", "parameter environment must be a table of strings, not str"),
+    ("[process]\nenvironment = {A = 5}", "parameter environment.A must be a string, not int"),
+    ("[process]\nenvironment = {'A=B' = 'x'}", "parameter environment cannot have a variable 'A=B'"),
+    ("[process]\npass_environment = ['']", "parameter environment cannot have a variable ''"),
+    ("[process]\ndirectory = 'nowhere'", "parameter directory "),
+    ("[process]\ndirectory = 5", "parameter directory must be a path, not int"),
+    ("[process]\nmax_running = 0", "process: parameter max_running must be 1 to 1024, not 0"),
+    ("[process]\nmax_output_bytes = true", "process: parameter max_output_bytes must be an integer, not bool"),
+    ("http = []", "config.toml: http: must be a table"),
+    ("[http]\nhosts = []", "http: parameter hosts is not known; known are allow_hosts, max_body_bytes, timeout_ms"),
+    ("[http]\nallow_hosts = 'x'", "http: parameter allow_hosts must be a list of strings, not str"),
+    ("[http]\nallow_hosts = ['http://x']", "parameter allow_hosts must hold hosts such as api.example.com, "),
+    ("[http]\nmax_body_bytes = 0", "http: parameter max_body_bytes must be 1 to "),
+    ("[http]\ntimeout_ms = 1.5", "http: parameter timeout_ms must be an integer, not float"),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), WRONG_FOR_NODES, ids=[text.replace("\n", " ") for text, _ in WRONG_FOR_NODES]
+)
+def test_an_error_for_nodes_names_the_file_and_the_key(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(TypeMismatch) as caught:
+        configured(tmp_path, text)
+    assert caught.value.message.startswith(str(tmp_path / "config.toml")) and says in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("DEMANDPORT_PROCESS_ALLOW", "no-such-tool"), ("DEMANDPORT_HTTP_ALLOW_HOSTS", "http://x")]
+)
+def test_an_error_for_nodes_names_the_variable(tmp_path: Path, variable: str, value: str) -> None:
+    with pytest.raises(TypeMismatch, match=f"^{variable}: parameter allow"):
+        configured(tmp_path, "", **{variable: value})
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+GRAPH = {"nodes": [{"id": "p", "node_type": "process", "data": {"command": "sh", "args": ["-c", "echo it runs"]}}]}
+
+
+def test_run_honours_the_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "graph.json").write_text(json.dumps(GRAPH))
+    (tmp_path / "config.toml").write_text("[process]\nallow = ['sh']")
+    assert main(["run", str(tmp_path / "graph.json"), "p"]) == 1
+    assert "forbidden (node p)" in capsys.readouterr().err
+    assert main(["run", str(tmp_path / "graph.json"), "p", "--config", str(tmp_path / "config.toml")]) == 0
+    assert capsys.readouterr().out.startswith("it runs\n")
+
+
+def test_a_table_that_nobody_reads_ends_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("[proces]\nallow = ['sh']")
+    with pytest.raises(SystemExit) as ended:
+        main(["models", "--config", str(file)])
+    assert ended.value.code == USAGE_ERROR
+    said = f"demandport: {file}: there is no table proces; there are inference, models, process and http\n"
+    assert capsys.readouterr().err == said

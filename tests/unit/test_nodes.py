@@ -10,7 +10,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,8 @@ from demandport.inference.config import Config, ModelSpec
 from demandport.inference.gateway import Gateway
 from demandport.inference.library import Library, tiny_path
 from demandport.nodes import BUILT_IN, files, library, media
+from demandport.nodes.http import HttpConfig
+from demandport.nodes.process import ProcessConfig, Processes
 from gguf_files import write_gguf
 from scripted import ScriptedBackend
 from sink import Sink
@@ -137,6 +141,8 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
     "rag-search": [{"query": "cats"}],
     "read-file": [{"path": "there.txt"}],
     "write-file": [{"path": "new/file.txt", "content": "text"}],
+    "process": [{"command": "sh", "args": ["-c", "cat; echo oops >&2; exit 3"], "stdin": "text"}],
+    "http-request": [{"url": "http://127.0.0.1:{port}/"}],
     "llamacpp-inference": [{"model_path": "tiny", "prompt": "cats", "max_tokens": 3, "seed": 1, "logprobs": 1}],
     "llm-inference": [{"prompt": "Hi", "model": "scripted"}],
     "ollama-inference": [{"prompt": "Hi", "model": "llama"}],
@@ -176,12 +182,12 @@ CONFORMS: dict[str, Callable[[Any], bool]] = {
 
 
 @pytest.mark.parametrize("node_type", runnable(SPECS))
-def test_a_node_gives_what_its_descriptor_says(node_type: str, tmp_path: Path) -> None:
+def test_a_node_gives_what_its_descriptor_says(node_type: str, tmp_path: Path, answering: int) -> None:
     assert node_type in SAMPLES, f"the new node type {node_type} needs a sample in SAMPLES"
     (tmp_path / "there.txt").write_text("content")
     spec, seen = SPECS[node_type], set()
     for data in SAMPLES[node_type]:
-        heard = _run_sample(node_type, data, tmp_path)
+        heard = _run_sample(node_type, data, tmp_path, answering)
         left_out = spec.outputs.keys() - heard.outputs.keys()
         assert heard.outputs.keys() <= spec.outputs.keys() and (spec.branches or not left_out)
         for port, value in heard.outputs.items():
@@ -193,9 +199,32 @@ def test_a_node_gives_what_its_descriptor_says(node_type: str, tmp_path: Path) -
     assert seen == spec.outputs.keys()
 
 
-def _run_sample(node_type: str, data: dict[str, Any], root: Path) -> Sink:
+def _run_sample(node_type: str, data: dict[str, Any], root: Path, port: int) -> Sink:
+    if node_type == "http-request":
+        data = data | {"url": data["url"].format(port=port)}
     graph, arrows = _linked("it", node_type, data)
-    return _with_model(*graph, edges=edges_of(*arrows), root=root)[-1]
+    allowed = {"process": Processes(ProcessConfig(("sh",))), "http": HttpConfig((f"127.0.0.1:{port}",))}
+    return _with_model(*graph, edges=edges_of(*arrows), root=root, **allowed)[-1]
+
+
+@pytest.fixture(scope="module")
+def answering() -> Iterator[int]:
+    """The port of an HTTP server."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain")
+            self.end_headers()
+            self.wfile.write(b"fine")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield server.server_port
+        server.shutdown()
 
 
 def _linked(id: str, node_type: str, data: dict[str, Any]) -> tuple[list[Any], list[str]]:
@@ -299,6 +328,8 @@ PROMISED = [
     "template: template! -> text",
     "read-file: path! -> content path exists",
     "write-file: path! content! -> success path",
+    "process: command! args stdin timeout_ms -> stdout stderr exit_status",
+    "http-request: url! method headers body timeout_ms -> status headers body",
     "llamacpp-inference: model_path! prompt system_prompt temperature max_tokens top_p top_k min_p seed stop grammar "
     "json_schema messages context_length gpu_layers inference_settings -> response model_path model_ref usage "
     "finish_reason",
@@ -478,6 +509,13 @@ BAD: list[Any] = [
     ("template", {"template": None}, "missing_input", "data.template"),
     ("read-file", {"path": "x"}, "forbidden", "start the service with --files DIR"),
     ("write-file", {"path": "x", "content": "y"}, "forbidden", "start the service with --files DIR"),
+    ("process", {"command": "sh"}, "forbidden", "name it in `allow` of the configuration's table"),
+    (
+        "http-request",
+        {"url": "http://127.0.0.1/"},
+        "forbidden",
+        "name it in `allow_hosts` of the configuration's table",
+    ),
 ]
 
 

@@ -278,6 +278,21 @@ def test_values_other_than_text_make_their_producer_wait() -> None:
     assert window.release(True) == [("n", "p", 1, {"a": 2})] and not window.full
 
 
+def test_text_kept_without_credit_holds_up_who_can_be_held_up() -> None:
+    window = StreamWindow(1)
+    assert window.offer("n", "p", "a", True) and not window.full
+    assert window.offer("n", "p", "b", True) is None and window.full
+    window.grant(1)
+    assert window.release(True) == [("n", "p", 1, "b")] and not window.full
+
+
+@pytest.mark.parametrize("window", [StreamWindow(0), StreamWindow(None, coalescing=True)])
+def test_text_that_waits_for_no_credit_holds_nobody_up(window: StreamWindow) -> None:
+    for _ in range(3):
+        window.offer("n", "p", "a", True)
+    assert window.kept and not window.full
+
+
 def test_text_kept_without_credit_lies_in_few_pieces() -> None:
     window = StreamWindow(1)
     assert window.offer("n", "p", "first", True)

@@ -18,7 +18,7 @@ class Sink(Protocol):
         """A node streamed something. Never blocks."""
 
     def full(self) -> bool:
-        """Producers of anything but text should wait."""
+        """Producers should wait: of anything but text always, of text where they can."""
 
     async def room(self) -> None:
         """Return once `full` may have become false."""

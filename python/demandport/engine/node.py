@@ -34,6 +34,7 @@ class Runtime(Protocol):
     resources: Mapping[str, Any]
 
     async def emit(self, port: str, chunk: Any) -> None: ...
+    async def room(self) -> None: ...
     def write(self, port: str, text: str) -> None: ...
     def emit_from_thread(self, port: str, chunk: Any) -> None: ...
     def event(self, event: str, fields: dict[str, Any]) -> None: ...
@@ -74,6 +75,11 @@ class Context:
     def write(self, text: str, port: str | None = None) -> None:
         """`emit` for text, on the event loop: text need not wait, since what a consumer does not take is merged."""
         self._runtime.write(port or self._spec.stream, text)
+
+    async def room(self) -> None:
+        """Wait while a consumer has not taken what was streamed: for producers of text that can be held up at their
+        source. `emit` does so for other values by itself."""
+        await self._runtime.room()
 
     def emit_from_thread(self, chunk: Any, port: str | None = None) -> None:
         """`emit` for functions that run in a thread; blocks instead of waiting. Raises `Cancelled`."""

@@ -141,13 +141,16 @@ class Run:
     async def emit(self, port: str, chunk: Any) -> None:
         self._push(port, chunk)
         if type(chunk) is not str:
-            for demand in list(self.cell.listeners):
-                while demand.sink.full() and not demand.ended:
-                    await demand.sink.room()
+            await self.room()
         self._since_turn += 1
         if self._since_turn >= CHUNKS_PER_TURN:
             self._since_turn = 0
             await asyncio.sleep(0)
+
+    async def room(self) -> None:
+        for demand in list(self.cell.listeners):
+            while demand.sink.full() and not demand.ended:
+                await demand.sink.room()
 
     def write(self, port: str, text: str) -> None:
         if not isinstance(text, str):

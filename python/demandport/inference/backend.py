@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from demandport.errors import BackendUnavailable
-from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest, wrong
+from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest
+from demandport.settings import wrong
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from demandport.errors import DemandportError, TypeMismatch
-from demandport.inference.requests import known_options, require, to_options, whole, wrong
+from demandport.errors import TypeMismatch
+from demandport.inference.requests import to_options
+from demandport.settings import Tables, known_options, placed, require, whole, wrong
 
 #: The model that comes with the package.
 TINY = "tiny"
@@ -148,39 +148,26 @@ _ENVIRONMENT = {
 }
 
 
-def load_config(file: Path | None = None, environment: Mapping[str, str] = os.environ) -> Config:
-    """The configuration: what the environment says, else the file, else the defaults. Reads the file; blocks.
+def load_config(tables: Tables | None = None, environment: Mapping[str, str] = os.environ) -> Config:
+    """The configuration of models: what the environment says, else the file, else the defaults.
 
     The file has a table ``[inference]`` with the fields of `Config`, and a table ``[models.NAME]`` per entry with the
     fields of `ModelSpec`. Relative paths in it are relative to it.
 
     Raises:
-        TypeMismatch: the file cannot be read, or a key is unknown or has a wrong value; the message names the file or
-            the variable, and the key.
+        TypeMismatch: a key is unknown or has a wrong value; the message names the file or the variable, and the key.
     """
-    tables = _read(file) if file is not None else {}
-    base = file.parent if file is not None else Path()
-    for name in tables:
-        if name not in ("inference", "models"):
-            raise TypeMismatch(f"{file}: there is no table {name}; there are inference and models")
-    options = _inference(tables.get("inference", {}), base, f"{file}: inference")
-    models = tables.get("models", {})
+    tables = tables or Tables()
+    base = tables.base
+    options = _inference(tables.take("inference"), base, tables.place("inference"))
+    models = tables.take("models")
     if not isinstance(models, dict):
-        raise TypeMismatch(f"{file}: models must be tables, such as [models.assistant]")
-    options["models"] = {name: _model(entry, base, f"{file}: models.{name}") for name, entry in models.items()}
+        raise TypeMismatch(f"{tables.place('models')} must be tables, such as [models.assistant]")
+    options["models"] = {name: _model(entry, base, tables.place(f"models.{name}")) for name, entry in models.items()}
     for variable, name in _ENVIRONMENT.items():
         if variable in environment:
             options |= _inference({name: _from_text(name, environment[variable], variable)}, Path(), variable)
     return Config(**options)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    import tomllib  # only now: a service without a file starts sooner
-
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as failed:
-        raise TypeMismatch(f"{file}: {failed}") from None
 
 
 def _from_text(name: str, text: str, variable: str) -> Any:
@@ -197,7 +184,7 @@ def _inference(table: Any, base: Path, place: str) -> dict[str, Any]:
     """The options of one source, checked by making a `Config` of them alone."""
     if not isinstance(table, dict):
         raise TypeMismatch(f"{place} must be a table")
-    with _placed(place):
+    with placed(place):
         options = known_options(Config, table)
         if "models" in options:
             raise wrong("models", "is a table of its own: [models.NAME]")
@@ -218,18 +205,9 @@ def _inference(table: Any, base: Path, place: str) -> dict[str, Any]:
 def _model(entry: Any, base: Path, place: str) -> ModelSpec:
     if not isinstance(entry, dict):
         raise TypeMismatch(f"{place} must be a table")
-    with _placed(place):
+    with placed(place):
         spec = ModelSpec.from_options(entry)
     beside = base / spec.model
     if spec.backend in FILES and beside.is_file():
         spec = replace(spec, model=str(beside))
     return spec if spec.mmproj is None else replace(spec, mmproj=str(base / Path(spec.mmproj).expanduser()))
-
-
-@contextmanager
-def _placed(place: str) -> Iterator[None]:
-    """Put the place before the message of what is raised in the block."""
-    try:
-        yield
-    except DemandportError as refused:
-        raise TypeMismatch(f"{place}: {refused.message}", details=refused.details) from None

@@ -41,7 +41,8 @@ from demandport.inference.backend import (
     TextChunk,
 )
 from demandport.inference.config import ModelSpec
-from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest, wrong
+from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest
+from demandport.settings import wrong
 
 if TYPE_CHECKING:
     import httpx

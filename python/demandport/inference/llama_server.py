@@ -33,7 +33,8 @@ from demandport.inference.config import ModelSpec
 from demandport.inference.http import Again, HttpServer, ServerBackend
 from demandport.inference.openai import PARAMETERS as API_PARAMETERS
 from demandport.inference.openai import OpenAIClient
-from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest, draw_seed, wrong
+from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest, draw_seed
+from demandport.settings import wrong
 from demandport.workers.policy import Restarts
 from demandport.workers.spawner import LocalSpawner, Program, Spawner
 

@@ -28,8 +28,9 @@ from demandport.inference.backend import (
 from demandport.inference.config import OLLAMA_URL, ModelSpec
 from demandport.inference.http import MALFORMED, Again, HttpServer, ServerBackend, display_host
 from demandport.inference.openai import embeddings, vector
-from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest, draw_seed, wrong
+from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest, draw_seed
 from demandport.inference.sse import Lines
+from demandport.settings import wrong
 
 #: Ollama's names of parameters, each an entry of ``options``.
 OPTIONS = {

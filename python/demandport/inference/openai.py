@@ -32,8 +32,9 @@ from demandport.inference.backend import (
 )
 from demandport.inference.config import ModelSpec
 from demandport.inference.http import MALFORMED, Again, HttpServer, ServerBackend, display_host
-from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest, wrong
+from demandport.inference.requests import EmbedRequest, GenerateRequest, RerankRequest
 from demandport.inference.sse import EventStream
+from demandport.settings import wrong
 
 #: Parameters that the API calls what `GenerateRequest` calls them.
 _SAME = ("max_tokens", "temperature", "top_p", "frequency_penalty", "presence_penalty", "seed")

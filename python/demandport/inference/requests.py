@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from demandport.errors import TooLarge, TypeMismatch
+from demandport.errors import TooLarge
+from demandport.settings import known_options, require, whole, wrong
 
 #: Drawing a seed: llama.cpp keeps the largest 32-bit value for "any".
 MAX_SEED = 2**32 - 2
@@ -197,41 +198,11 @@ def to_options(request: Any) -> dict[str, Any]:
     return options
 
 
-def wrong(parameter: str, what: str) -> TypeMismatch:
-    """The error for a parameter: its name, then what is wrong with it."""
-    return TypeMismatch(f"parameter {parameter} {what}", details={"parameter": parameter})
-
-
-def known_options(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are not nil; refuses names that are no field of the dataclass `cls`."""
-    known = {field.name for field in fields(cls)}
-    for name in options:
-        if name not in known:
-            raise wrong(str(name), f"is not known; known are {', '.join(sorted(known))}")
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _with_tuples(options: dict[str, Any], *names: str) -> dict[str, Any]:
     """The options with the lists of those names as tuples, which cannot be changed."""
     return {
         name: tuple(value) if name in names and isinstance(value, list) else value for name, value in options.items()
     }
-
-
-def require(name: str, value: Any, kind: type | tuple[type, ...], word: str) -> None:
-    """Refuse a value of another type; booleans are no integers."""
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise wrong(name, f"must be {word}, not {type(value).__name__}")
-
-
-def whole(owner: Any, name: str, low: int, high: int, *, optional: bool = False) -> None:
-    """Refuse a field that is no integer from `low` to `high`."""
-    value = getattr(owner, name)
-    if value is None and optional:
-        return
-    require(name, value, int, "an integer")
-    if not low <= value <= high:
-        raise wrong(name, f"must be {low} to {high}, not {value}")
 
 
 def _real(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:

@@ -26,6 +26,8 @@ from demandport.errors import Internal
 from demandport.inference.config import Config
 from demandport.inference.gateway import Gateway
 from demandport.nodes import BUILT_IN
+from demandport.nodes.http import HttpConfig
+from demandport.nodes.process import ProcessConfig, Processes
 from demandport.pipes import Reader, Writer, drain, watch_end
 from demandport.service.router import Service
 from demandport.wire.codec import codec_named
@@ -55,6 +57,8 @@ class Settings:
         models: which models there are, and the memory they may take.
         files: directory that file nodes may use; None for none.
         log_level: least level that is sent to the host as `log` messages.
+        process: which programs nodes may start; none by default.
+        http: which hosts nodes may ask; none by default.
     """
 
     codec: str = "msgpack"
@@ -62,6 +66,8 @@ class Settings:
     models: Config = field(default_factory=Config)
     files: str | None = None
     log_level: str = "INFO"
+    process: ProcessConfig = field(default_factory=ProcessConfig)
+    http: HttpConfig = field(default_factory=HttpConfig)
 
 
 def serve(fd_in: int, fd_out: int, settings: Settings) -> None:
@@ -101,6 +107,8 @@ async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
         "gateway": gateway,
         "library": gateway.library,
         "files_root": settings.files,
+        "process": Processes(settings.process),
+        "http": settings.http,
     }
     async with anyio.create_task_group() as tasks:
         outbox = Outbox(codec)

@@ -43,8 +43,8 @@ class StreamWindow:
 
     @property
     def full(self) -> bool:
-        """A producer of values that cannot be merged must wait."""
-        return self._values > 0
+        """A producer of values that cannot be merged must wait, and one of text had better, where it can."""
+        return self._values > 0 or (self.credit == 0 and bool(self._kept) and not self.unwanted)
 
     def offer(self, node: str, port: str, chunk: Any, room: bool) -> Sent | None:
         """A new chunk; returns it with its number when it leaves now, None when it is kept.

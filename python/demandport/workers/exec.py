@@ -1,4 +1,4 @@
-"""Becomes another program that cannot outlive the service: ``exec.py PARENT_PID -- program arguments…``.
+"""Becomes another program that cannot outlive the service: ``exec.py PARENT_PID REPORT_FD -- program arguments…``.
 
 It runs for each start of such a program, so it imports next to nothing; it is also imported for `die_with`.
 """
@@ -27,10 +27,13 @@ def die_with(parent_pid: int) -> None:
 def main(arguments: list[str]) -> None:
     """Become the program; does not return.
 
-    Python ignores some signals, and what a process ignores the next program ignores too: each gets its default.
+    Python ignores some signals, and what a process ignores the next program ignores too: each gets its default. Why the
+    program cannot be run is written to the report's descriptor, which the program does not have unless it is stderr.
     """
-    parent_pid, separator, *command = arguments
+    parent_pid, report, separator, *command = arguments
     assert separator == "--" and command
+    fd_report = int(report)
+    os.set_inheritable(fd_report, fd_report == 2)
     die_with(int(parent_pid))
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         if signal.getsignal(number) == signal.SIG_IGN:
@@ -39,7 +42,7 @@ def main(arguments: list[str]) -> None:
     try:
         os.execv(command[0], command)
     except OSError as failed:
-        print(f"error: {command[0]} cannot be run: {failed.strerror}", file=sys.stderr, flush=True)
+        os.write(fd_report, f"error: {command[0]} cannot be run: {failed.strerror}\n".encode())
         os._exit(EXIT_NOT_RUN)
 
 

@@ -19,6 +19,8 @@ from demandport.pipes import Reader
 #: How long a killed process may take until it is reaped; the kernel needs far less.
 REAP_TIMEOUT_S = 5.0
 _READ_BYTES = 1 << 18
+#: No pipe holds more (Linux, by default).
+_MOST_IN_PIPE = 1 << 20
 
 _live: set[ChildProcess] = set()
 
@@ -126,18 +128,22 @@ class ChildProcess:
             self._loop.call_soon_threadsafe(self._exited, _reason(status))
 
     def _exited(self, reason: str) -> None:
-        self._drain()
+        read_rest(self._fd_out, self._feed)
         self._reader.close()
         self._ended()
         self.exit_reason = f"{self._fault} ({reason})" if self._fault else reason
         self._gone.set()
         self._on_exit(self.exit_reason)
 
-    def _drain(self) -> None:
-        """Hand over what it managed to write before its end; a grandchild's open end is not waited for."""
-        with contextlib.suppress(OSError):
-            while data := os.read(self._fd_out, _READ_BYTES):
-                self._feed(data)
+
+def read_rest(fd: int, feed: Callable[[bytes], None]) -> None:
+    """Hand over what stands in the non-blocking pipe `fd` after its writer's end. What else has the pipe open, a
+    descendant that left the group, is not waited for, however much it goes on to write."""
+    left = _MOST_IN_PIPE
+    with contextlib.suppress(OSError):
+        while left > 0 and (data := os.read(fd, _READ_BYTES)):
+            left -= len(data)
+            feed(data)
 
 
 def live_children() -> list[ChildProcess]:

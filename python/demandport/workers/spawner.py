@@ -90,12 +90,10 @@ class LocalSpawner:
         program = shutil.which(command[0])
         if program is None:
             raise FileNotFoundError(f"there is no program {command[0]}")
-        # By its path and without the site's packages, the shim is up in a third of the time.
-        become = [sys.executable, "-I", "-S", str(Path(shim.__file__).resolve()), str(os.getpid()), "--"]
         our_end, its_end = os.pipe()
         try:
             process = subprocess.Popen(
-                [*become, os.path.abspath(program), *command[1:]],
+                [*becoming(), os.path.abspath(program), *command[1:]],
                 stdin=subprocess.DEVNULL,
                 stdout=its_end,
                 stderr=its_end,
@@ -109,6 +107,17 @@ class LocalSpawner:
         finally:
             os.close(its_end)
         return _LocalProgram(process, our_end, name=name, on_line=on_line, on_exit=on_exit)
+
+
+def becoming(fd_report: int = 2) -> list[str]:
+    """What stands before a program's absolute path and arguments in a command, so that it cannot outlive the service.
+
+    Args:
+        fd_report: the descriptor that hears why a program cannot be run; the program itself does not inherit it,
+            unless it is stderr.
+    """
+    # By its path and without the site's packages, the shim is up in a third of the time.
+    return [sys.executable, "-I", "-S", str(Path(shim.__file__).resolve()), str(os.getpid()), str(fd_report), "--"]
 
 
 class _LocalProgram(ChildProcess):
