@@ -124,11 +124,11 @@ def chunks(chunks: list[Any]) -> Iterator[Any]:
 
 
 @node("c-flood", runs="cpu", outputs={"items": "json"})
-def flood(count: int, counter: str = "") -> Iterator[dict[str, int]]:
+def flood(count: int, counter: str = "", padding: int = 0) -> Iterator[dict[str, Any]]:
     """Streams maps; writes a byte to the file for each, once it was taken from it."""
     with open(counter or os.devnull, "wb", buffering=0) as file:
         for number in range(count):
-            yield {"n": number}
+            yield {"n": number} | ({"padding": bytes(padding)} if padding else {})
             file.write(b".")
 
 

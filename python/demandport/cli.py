@@ -40,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--codec", choices=("msgpack", "etf"), default="msgpack")
     serve.add_argument("--max-frame-bytes", type=_frame_bytes, default=64 * 1024 * 1024, metavar="N")
     serve.add_argument("--files", metavar="DIR", help="directory that file nodes may use (none)")
+    serve.add_argument("--cpu-workers", type=_count, metavar="N", help="processes for nodes that compute (one a core)")
+    serve.add_argument("--cpu-memory-bytes", type=_count, metavar="N", help="memory that each of them may take (any)")
     serve.add_argument("--model", help="model for nodes that name none (tiny)")
     serve.add_argument("--config", metavar="FILE.toml", help="which models there are, and how each is run")
     serve.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
@@ -91,6 +93,12 @@ def _frame_bytes(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) < 1 << 63:
+        raise argparse.ArgumentTypeError("a number from 1")
+    return int(text)
+
+
 def _assignment(text: str) -> tuple[str, str, Any]:
     place, equals, value = text.partition("=")
     node, dot, port = place.rpartition(".")
@@ -114,7 +122,15 @@ def _serve(arguments: argparse.Namespace) -> int:
     models = _models_config(arguments.config, arguments.model)
     from demandport.service.main import Settings, serve
 
-    settings = Settings(arguments.codec, arguments.max_frame_bytes, models, arguments.files, arguments.log_level)
+    settings = Settings(
+        arguments.codec,
+        arguments.max_frame_bytes,
+        models,
+        arguments.files,
+        arguments.log_level,
+        arguments.cpu_workers,
+        arguments.cpu_memory_bytes,
+    )
     serve(*fds, settings)
     return 0
 

@@ -4,10 +4,12 @@ it; the places in the pool are free again afterwards, and the next demand is ser
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -25,10 +27,21 @@ from demandport.engine.executor import Executor
 from demandport.engine.node import DECLARED
 from demandport.engine.session import Session
 from demandport.errors import DemandportError, Draining
-from demandport.workers.slot import Limits
+from demandport.workers.limits import Limits
 from sink import Sink
 from stray import WAYS
-from support import ROOT, TIMEOUT_S, Ended, ServiceProcess, eventually, family, gone, is_terminal, run_within
+from support import (
+    ROOT,
+    TIMEOUT_S,
+    Ended,
+    ServiceProcess,
+    environment,
+    eventually,
+    family,
+    gone,
+    is_terminal,
+    run_within,
+)
 
 #: A grace that never ends, so that what comes after it does not come.
 NEVER_S = 3600.0
@@ -494,20 +507,21 @@ def test_interrupts_between_tasks_and_blocked_ones_hurt_nobody() -> None:
 
 
 def test_a_storm_of_interrupts_tears_no_frame() -> None:
-    """Interrupts at any moment: a task ends well or as interrupted, and what it said are whole frames, in order."""
+    """Interrupts at any moment, also while half a frame fills the pipe: a task ends well or as interrupted, and what it
+    said are whole frames, in order."""
 
     async def check(lab: Lab) -> None:
         await lab.is_well()
         worker = lab.workers()[0]["os_pid"]
         ended = 0
         for _ in range(30):
-            sink = lab.demand("c-flood", {"count": 200})
+            sink = lab.demand("c-flood", {"count": 20, "padding": 400_000})
             while not sink.done.is_set():
                 os.kill(worker, signal.SIGINT)
                 await asyncio.sleep(0)
             assert sink.failure is None or sink.failure.code == "cancelled"
             ended += sink.failure is None
-            assert sink.chunks == [("items", {"n": number}) for number in range(len(sink.chunks))]
+            assert [chunk["n"] for _, chunk in sink.chunks] == list(range(len(sink.chunks)))
         await lab.is_well()
         assert (lab.workers()[0]["os_pid"], lab.workers()[0]["restarts"]) == (worker, 0) and ended < 30
 
@@ -711,6 +725,23 @@ def test_a_crash_over_the_wire_is_the_demands_alone(service: ServiceProcess) -> 
     assert message[2]["node"] == "die"
     assert service.request("demand", "s", "ok")[0] == "demand_complete"
     assert comes_to_rest(service)
+
+
+def test_size_and_memory_are_settings_of_the_service(package: Path, tmp_path: Path) -> None:
+    never = FileGate(tmp_path)
+    with ServiceProcess("--cpu-workers", "1", "--cpu-memory-bytes", str(200 << 20), nodes=package) as service:
+        assert cpu_health(service)["size"] == 1
+        service.open("s", ("a", "c-eat", {"count": 300 << 20, "gate": never.path}), ("ok", "c-pid", {}))
+        assert service.request("demand", "s", "a")[2]["code"] == "out_of_memory"
+        assert service.request("demand", "s", "ok")[0] == "demand_complete"
+
+
+def test_a_graph_runs_without_a_host_too(package: Path, tmp_path: Path) -> None:
+    graph = tmp_path / "graph.json"
+    graph.write_text(json.dumps({"nodes": [{"id": "a", "node_type": "c-chunks", "data": {"chunks": ["x", "y"]}}]}))
+    run = [sys.executable, "-m", "demandport", "run", str(graph), "a"]
+    done = subprocess.run(run, env=environment(package), capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "xy\n", "")
 
 
 def test_what_a_node_prints_goes_to_stderr(service: ServiceProcess) -> None:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from demandport.errors import BackendUnavailable, DemandportError, NodeFailed, QueueFull, WorkerCrash
 from demandport.wire.codec import MsgpackCodec
+from demandport.workers.limits import Limits
 from demandport.workers.policy import Restarts
 from demandport.workers.pool import WorkerPool
-from demandport.workers.slot import Limits
 
 NEVER_S = 3600.0
 LIMIT_S = 20.0

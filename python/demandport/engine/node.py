@@ -106,7 +106,8 @@ class Context:
 
     @property
     def deadline(self) -> float | None:
-        """When the last demand that wants this node gives up, on the clock of `time.monotonic`; None for never."""
+        """When the last demand that wants this node gives up, on the clock of `time.monotonic`; None for never. In a
+        worker this, and the priority, is what it was when the node was given to the pool."""
         return self._runtime.deadline
 
     @property

@@ -20,6 +20,7 @@ from typing import Any
 
 import anyio
 
+from demandport.engine.cpu import CpuNodes
 from demandport.engine.executor import Executor
 from demandport.engine.registry import load_specs
 from demandport.errors import Internal
@@ -32,6 +33,7 @@ from demandport.wire.codec import codec_named
 from demandport.wire.connection import Connection
 from demandport.wire.framing import MAX_FRAME_BYTES, frame
 from demandport.wire.outbox import Outbox
+from demandport.workers.limits import Limits
 from demandport.workers.process import kill_all
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ class Settings:
         models: which models there are, and the memory they may take.
         files: directory that file nodes may use; None for none.
         log_level: least level that is sent to the host as `log` messages.
+        cpu_workers: processes for nodes that compute; None for one per core.
+        cpu_memory_bytes: memory that each of them may take; None for any.
     """
 
     codec: str = "msgpack"
@@ -62,6 +66,8 @@ class Settings:
     models: Config = field(default_factory=Config)
     files: str | None = None
     log_level: str = "INFO"
+    cpu_workers: int | None = None
+    cpu_memory_bytes: int | None = None
 
 
 def serve(fd_in: int, fd_out: int, settings: Settings) -> None:
@@ -102,6 +108,7 @@ async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
         "library": gateway.library,
         "files_root": settings.files,
     }
+    cpu = CpuNodes(settings.cpu_workers, limits=Limits(memory_bytes=settings.cpu_memory_bytes))
     async with anyio.create_task_group() as tasks:
         outbox = Outbox(codec)
         writer = Writer(loop, fd_out, lambda: end(0), refill=lambda: service.refill())
@@ -110,7 +117,7 @@ async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
             Connection(codec, settings.max_frame_bytes),
             outbox,
             writer,
-            Executor(tasks, resources),
+            Executor(tasks, resources, cpu=cpu),
             gateway,
             specs,
             tasks,

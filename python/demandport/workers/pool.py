@@ -11,9 +11,10 @@ from typing import Any
 from demandport.errors import BackendUnavailable, Draining, QueueFull, TooLarge, WorkerCrash
 from demandport.wire.codec import MsgpackCodec
 from demandport.wire.framing import MAX_FRAME_BYTES, frame
+from demandport.workers.limits import Limits
 from demandport.workers.policy import Load, Restarts, least_loaded, round_robin
 from demandport.workers.process import WorkerProcess
-from demandport.workers.slot import Limits, Slot, Spawn
+from demandport.workers.slot import Slot, Spawn
 from demandport.workers.task import Take, Task
 
 MAX_QUEUED = 1000

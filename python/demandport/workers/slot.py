@@ -7,10 +7,10 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from demandport.errors import Cancelled, OutOfMemory, WorkerCrash, from_wire
+from demandport.workers.limits import Limits
 from demandport.workers.policy import Restarts
 from demandport.workers.process import Message
 from demandport.workers.task import Task
@@ -19,27 +19,6 @@ from demandport.workers.task import Task
 State = Literal["stopped", "starting", "idle", "busy", "draining", "crashed", "quarantined"]
 #: How a process ends that somebody else has killed; any other end is its own fault, or its task's.
 _KILLED = ("killed by SIGKILL", "killed by SIGTERM")
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one worker may use, and how long one that was called off may go on.
-
-    Attributes:
-        recycle_tasks: after so many tasks it is replaced; None for never.
-        recycle_bytes: with so much memory it is replaced after its task; None for never.
-        memory_bytes: with so much memory it is killed, and its task fails; None for no limit.
-        memory_check_s: how often memory is looked at while a task runs.
-        ask_s: how long a task that nobody wants may go on until it is interrupted.
-        interrupt_s: how long it may go on after that until its worker is killed.
-    """
-
-    recycle_tasks: int | None = None
-    recycle_bytes: int | None = None
-    memory_bytes: int | None = None
-    memory_check_s: float = 0.25
-    ask_s: float = 1.0
-    interrupt_s: float = 1.0
 
 
 class Worker(Protocol):
@@ -125,6 +104,7 @@ class Slot:
         assert self.state == "idle" and self._worker is not None
         self.state, self.task = "busy", task
         self._worker.send_frame(task.data)
+        task.data = b""
         if self._limits.memory_bytes is not None:
             self._watch = self._loop.call_later(self._limits.memory_check_s, self._look_at_memory)
 

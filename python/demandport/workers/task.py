@@ -20,7 +20,7 @@ class Task:
 
     Attributes:
         id: its number, never used again by its pool.
-        data: the frame that gives it to a worker.
+        data: the frame that gives it to a worker, until it has been given.
         ended: its outcome is there.
     """
 

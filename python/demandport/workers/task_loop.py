@@ -116,6 +116,7 @@ class TaskLoop:
             with self._window:
                 self._task, self.cancelled = message[1], False
                 self._untaken.clear()
+                self._window.notify_all()  # whoever still speaks for the task before
         elif message[0] == "cancel" and message[1] == self._task:
             with self._window:
                 self.cancelled = True
@@ -153,6 +154,8 @@ class TaskLoop:
     def _exposed_perform(self, job: Job, payload: Any) -> Any:
         try:
             self._exposed = True
+            if self._due:
+                raise Interrupted
             return self._perform(job, payload)
         finally:
             self._exposed = False
