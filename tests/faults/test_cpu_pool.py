@@ -285,6 +285,33 @@ def test_a_module_that_a_worker_cannot_have_is_said(tmp_path: Path, monkeypatch:
         sys.modules.pop("poison_nodes", None)
 
 
+def test_an_import_is_not_interrupted_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, gate = FileGate(tmp_path, "begun"), FileGate(tmp_path)
+    (tmp_path / "slow_nodes.py").write_text(
+        "import sys\nfrom demandport import node\n"
+        "if sys.argv[0].endswith('cpu_worker.py'):\n"
+        "    if hasattr(sys, 'began'):\n        raise ImportError('cannot load module more than once per process')\n"
+        f"    sys.began = True\n    open({begun.path!r}, 'w').close()\n    open({gate.path!r}).read()\n"
+        "@node('c-slow', runs='cpu')\ndef slow() -> str:\n    return 'well'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    async def check(lab: Lab) -> None:
+        __import__("slow_nodes")
+        sink = lab.demand("c-slow")
+        await asyncio.to_thread(Path(begun.path).read_text)
+        await _cancelled(sink)
+        await gate.open()
+        await until(lambda: lab.pool.in_flight == 0)
+        assert await lab.value("c-slow") == "well"
+        assert lab.workers()[0]["restarts"] == 0
+
+    try:
+        with_lab(check, limits=Limits(ask_s=0.0, interrupt_s=NEVER_S))
+    finally:
+        sys.modules.pop("slow_nodes", None)
+
+
 def test_a_node_that_its_module_does_not_declare_at_the_top_is_said() -> None:
     @node("c-local", runs="cpu")
     def local() -> str:

@@ -29,7 +29,8 @@ def setup(given: dict[str, Any]) -> None:
 def perform(job: Job, payload: dict[str, Any]) -> list[Any]:
     """Run a node. What it raises becomes the error that a thread node's would."""
     try:
-        spec = _declared(payload["module"], payload["node_type"])
+        with job.shielded():  # a library that was imported by half can often not be imported again
+            spec = _declared(payload["module"], payload["node_type"])
         runtime = _Runtime(job, spec, payload)
         context = Context(payload["node"], spec, runtime)
         inputs = payload["inputs"]
@@ -57,8 +58,6 @@ def _streamed(generator: Any, port: str, runtime: _Runtime) -> Any:
 def _declared(module: str, node_type: str) -> NodeSpec:
     try:
         importlib.import_module(module)
-    except Interrupted:
-        raise
     except BaseException as failed:
         wrong = NodeFailed(f"the module {module} cannot be imported in a worker: {type(failed).__name__}: {failed}")
         wrong.traceback = from_exception(failed, node="").traceback

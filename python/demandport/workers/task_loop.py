@@ -52,6 +52,10 @@ class Job:
         """
         self._loop.say(self._id, value)
 
+    def shielded(self) -> contextlib.AbstractContextManager[None]:
+        """For what must not be left half done: an interrupt waits until its end. What takes too long is killed."""
+        return self._loop.shielded()
+
 
 Perform = Callable[[Job, Any], Any]
 
@@ -93,7 +97,7 @@ class TaskLoop:
 
     def say(self, task: int, value: Any) -> None:
         """See `Job.say`."""
-        with self._hidden(), self._window:
+        with self.shielded(), self._window:
             while len(self._untaken) >= WINDOW or sum(self._untaken) >= WINDOW_BYTES:
                 if self.cancelled or task != self._task:
                     break
@@ -107,8 +111,23 @@ class TaskLoop:
         metadata = {str(key): str(value) for key, value in getattr(record, "metadata", {}).items()}
         if record.exc_info:
             metadata["traceback"] = logging.Formatter().formatException(record.exc_info)
-        with self._hidden():
+        with self.shielded():
             self._channel.send(["log", record.levelname.lower(), record.name, record.getMessage(), metadata])
+
+    @contextlib.contextmanager
+    def shielded(self) -> Iterator[None]:
+        """No interrupt is raised within; one that comes is raised at its end, if the task's code goes on then."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        exposed, self._exposed = self._exposed, False
+        try:
+            yield
+        finally:
+            self._exposed = exposed
+            if exposed and self._due:
+                self._exposed = self._due = False
+                raise Interrupted
 
     def _urgent(self, message: Message) -> None:
         """On the reader thread: what must reach a task that runs."""
@@ -173,21 +192,6 @@ class TaskLoop:
             self._exposed = False
             raise Interrupted
         self._due = True
-
-    @contextlib.contextmanager
-    def _hidden(self) -> Iterator[None]:
-        """No interrupt is raised within; one that comes is raised at its end, if the task's code goes on then."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        exposed, self._exposed = self._exposed, False
-        try:
-            yield
-        finally:
-            self._exposed = exposed
-            if exposed and self._due:
-                self._exposed = self._due = False
-                raise Interrupted
 
 
 class _LogToService(logging.Handler):
