@@ -47,11 +47,15 @@ from support import (
 NEVER_S = 3600.0
 AT_ONCE = Limits(ask_s=0.0, interrupt_s=0.0)
 SPECS = {name: spec for name, spec in DECLARED.items() if spec.call.__module__ == cpu_nodes.__name__}
+for name in SPECS:  # other tests look at all that is declared
+    del DECLARED[name]
 
 
 @pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
+def declared() -> Iterator[None]:
+    """The nodes of `cpu_nodes` are declared, and what a test declares is forgotten."""
     before = dict(DECLARED)
+    DECLARED.update(SPECS)
     yield
     DECLARED.clear()
     DECLARED.update(before)
