@@ -42,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--codec", choices=("msgpack", "etf"), default="msgpack")
     serve.add_argument("--max-frame-bytes", type=_frame_bytes, default=64 * 1024 * 1024, metavar="N")
     serve.add_argument("--files", metavar="DIR", help="directory that file nodes may use (none)")
+    serve.add_argument("--cpu-workers", type=_count, metavar="N", help="processes for nodes that compute (one a core)")
+    serve.add_argument("--cpu-memory-bytes", type=_count, metavar="N", help="memory that each of them may take (any)")
     serve.add_argument("--model", help="model for nodes that name none (tiny)")
     serve.add_argument("--config", metavar="FILE.toml", help="models, and what nodes may start and ask")
     serve.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
@@ -93,6 +95,12 @@ def _frame_bytes(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) < 1 << 63:
+        raise argparse.ArgumentTypeError("a number from 1")
+    return int(text)
+
+
 def _assignment(text: str) -> tuple[str, str, Any]:
     place, equals, value = text.partition("=")
     node, dot, port = place.rpartition(".")
@@ -121,6 +129,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         arguments.max_frame_bytes,
         files=arguments.files,
         log_level=arguments.log_level,
+        cpu_workers=arguments.cpu_workers,
+        cpu_memory_bytes=arguments.cpu_memory_bytes,
         **configured._asdict(),
     )
     serve(*fds, settings)

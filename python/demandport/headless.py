@@ -59,7 +59,11 @@ async def _run(graph: Any, node: str, inputs: Inputs, models: Config, lent: dict
     try:
         async with anyio.create_task_group() as tasks:
             resources = {"gateway": gateway, "library": gateway.library, **lent}
-            status = await _demand(graph, Executor(tasks, resources), node, inputs, terminal)
+            executor = Executor(tasks, resources)
+            try:
+                status = await _demand(graph, executor, node, inputs, terminal)
+            finally:
+                await executor.close()
     finally:
         terminal.bars.stop()
         await gateway.close()

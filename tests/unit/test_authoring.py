@@ -358,7 +358,9 @@ def unresolved(x: Undefined) -> str: ...  # noqa: F821
 WRONG: list[Any] = [
     (lambda: declared(positional), "the parameter x cannot be a port"),
     (lambda: declared(starred), "the parameter texts cannot be a port"),
-    (lambda: declared(function, runs="cpu"), "t-function: runs is inline, async, thread or host, not 'cpu'"),
+    (lambda: declared(function, runs="gpu"), "t-function: runs is one of .*cpu.* not 'gpu'"),
+    (lambda: declared(async_function, runs="cpu"), "t-async_function: a async_function cannot run cpu"),
+    (lambda: declared(async_generator, runs="cpu"), "async_generator cannot run cpu"),
     (lambda: declared(function, runs="async"), "t-function: a function cannot run async"),
     (lambda: declared(generator, runs="inline"), "t-generator: a generator cannot run inline"),
     (lambda: declared(async_function, runs="thread"), "async_function cannot run thread"),

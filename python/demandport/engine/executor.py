@@ -1,8 +1,8 @@
 """Evaluates cells: what a demand needs, each once, in parallel where it can be, with no recursion.
 
 A cell that is wanted waits for the cells it reads, is run when the last of them is there, and tells its dependents.
-Inline nodes run at once, one after the other; async nodes and threads run as tasks of one task group. A cell that
-nobody wants any more is let go, and so is what only it wanted.
+Inline nodes run at once, one after the other; all others run as tasks of one task group, those that block or compute
+in a thread or a worker process. A cell that nobody wants any more is let go, and so is what only it wanted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import anyio
 import anyio.abc
 
 from demandport.engine.cell import DONE, IDLE, RUNNING, SKIPPED, WAITING, Cell, Link
+from demandport.engine.cpu import CpuNodes
 from demandport.engine.demand import Demand
 from demandport.engine.node import Context
 from demandport.engine.run import Run, normalised
@@ -32,15 +33,19 @@ class Executor:
     Args:
         tasks: task group that owns every running node.
         resources: what nodes may use, by name (``ctx.resources``).
+        cpu: runs ``cpu`` nodes; default: a worker process per core, started when they are needed.
     """
 
-    def __init__(self, tasks: anyio.abc.TaskGroup, resources: Mapping[str, Any]) -> None:
+    def __init__(
+        self, tasks: anyio.abc.TaskGroup, resources: Mapping[str, Any], *, cpu: CpuNodes | None = None
+    ) -> None:
         self._tasks = tasks
         self._ready: deque[Cell] = deque()
         self._draining = False
         self._starting: Demand | None = None
         self.resources = resources
         self.threads = Threads()
+        self.cpu = cpu or CpuNodes()
         self.running = 0
 
     # ------------------------------------------------------------------------------------------ demands
@@ -96,6 +101,10 @@ class Executor:
                 if source.state < DONE and source not in seen:
                     seen.add(source)
                     stack.append(source)
+
+    async def close(self) -> None:
+        """End the worker processes, once nothing runs any more."""
+        await self.cpu.close()
 
     # ------------------------------------------------------------------------------- waiting and readiness
 

@@ -18,8 +18,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, 
 from dataclasses import replace
 from typing import Annotated, Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
+from demandport.errors import NodeFailed
 from demandport.graph.spec import PORT_TYPES, REQUIRED, NodeSpec, Port
 
+_RUNS = ("inline", "async", "thread", "cpu", "host")
 F = TypeVar("F", bound=Callable[..., Any])
 _STREAMS = (Generator, AsyncGenerator, Iterator, AsyncIterator)
 _TYPES: dict[Any, str] = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "json", list: "json"}
@@ -82,7 +84,7 @@ class Context:
         await self._runtime.room()
 
     def emit_from_thread(self, chunk: Any, port: str | None = None) -> None:
-        """`emit` for functions that run in a thread; blocks instead of waiting. Raises `Cancelled`."""
+        """`emit` for functions that run in a thread or a worker; blocks instead of waiting. Raises `Cancelled`."""
         self._runtime.emit_from_thread(port or self._spec.stream, chunk)
 
     def output(self, port: str, value: Any) -> None:
@@ -90,11 +92,11 @@ class Context:
         self.extra[port] = value
 
     def progress(self, done: float, total: float | None = None, unit: str = "") -> None:
-        """Report progress to demands that asked for events. Does not wait."""
+        """Report progress to demands that asked for events. Does not wait for them."""
         self._runtime.event("task_progress", {"done": done, "total": total, "unit": unit})
 
     def event(self, event: str, **fields: Any) -> None:
-        """Send an event of the node's own to demands that asked for events. Does not wait."""
+        """Send an event of the node's own to demands that asked for events. Does not wait for them."""
         self._runtime.event(event, fields)
 
     def log(self, level: str, message: str, **metadata: Any) -> None:
@@ -122,7 +124,8 @@ class Context:
 
     @property
     def deadline(self) -> float | None:
-        """When the last demand that wants this node gives up, on the clock of `time.monotonic`; None for never."""
+        """When the last demand that wants this node gives up, on the clock of `time.monotonic`; None for never. In a
+        worker this, and the priority, is what it was when the node was given to the pool."""
         return self._runtime.deadline
 
     @property
@@ -137,7 +140,7 @@ class Context:
 
     @property
     def cancelled(self) -> bool:
-        """No demand wants this node any more. Functions in threads should look now and then, and return."""
+        """No demand wants this node any more. Functions in threads and workers should look now and then, and return."""
         return self._runtime.cancelled
 
 
@@ -155,9 +158,10 @@ def node(
 
     Args:
         node_type: the name that graphs use.
-        runs: ``inline`` (pure and fast; in the event loop itself), ``async``, or ``thread`` (may block). Default:
-            ``async`` for async functions, else ``thread``. With ``host`` the function says the ports alone: the host
-            runs the node.
+        runs: ``inline`` (pure and fast; in the event loop itself), ``async``, ``thread`` (may block), or ``cpu``
+            (computes; in a worker process that imports the module of the function, and may crash or be killed there).
+            Default: ``async`` for async functions, else ``thread``. With ``host`` the function, an async one, says the
+            ports alone: the host runs the node.
         category: for palettes. description: default is the first line of the docstring.
         outputs: port name → port type or `Port`. Default: one port ``output`` typed by the return hint. With one port,
             the function returns its value; with several, a dict by port.
@@ -188,6 +192,11 @@ def node(
     return declare
 
 
+def no_output(spec: NodeSpec, port: str) -> NodeFailed:
+    """What a node is told that writes to an output port which it does not have."""
+    return NodeFailed(f"{spec.node_type} has no output port {port!r}; its outputs: {', '.join(spec.outputs)}")
+
+
 def _spec_of(
     function: Callable[..., Any],
     node_type: str,
@@ -200,8 +209,8 @@ def _spec_of(
 ) -> NodeSpec:
     style = _style_of(function)
     runs = runs or ("async" if style.startswith("async") else "thread")
-    if runs not in ("inline", "async", "thread", "host"):
-        raise TypeError(f"{node_type}: runs is inline, async, thread or host, not {runs!r}")
+    if runs not in _RUNS:
+        raise TypeError(f"{node_type}: runs is one of {', '.join(_RUNS)}, not {runs!r}")
     if (runs in ("async", "host")) != style.startswith("async") or (runs == "inline" and style != "function"):
         raise TypeError(f"{node_type}: a {style} cannot run {runs}")
     try:

@@ -1,4 +1,4 @@
-"""One execution of one async or thread node: its task, what it streams, and how it is cancelled."""
+"""One execution of one async, thread or cpu node: its task, what it streams, and how it is cancelled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from demandport.engine.cell import Cell
 from demandport.engine.demand import Demand
-from demandport.engine.node import Context
+from demandport.engine.node import Context, no_output
 from demandport.errors import Cancelled, DemandportError, NodeFailed, UnknownNodeType, from_exception
 from demandport.graph.spec import NodeSpec
 
@@ -68,7 +68,7 @@ class Run:
 
     def cancel(self) -> None:
         """Nobody wants the outcome any more. Async nodes are cancelled, once, so that they may wait while they clean
-        up; threads end when they look."""
+        up; threads end when they look, workers when they look or are made to."""
         self.cancelled = True
         if self._task is not None:
             self._task.cancel()
@@ -92,9 +92,12 @@ class Run:
 
     async def _call(self, spec: NodeSpec, inputs: dict[str, Any]) -> dict[str, Any]:
         context = Context(self.cell.node_id, spec, self)
+        returned: Any = None
+        if spec.runs == "cpu":
+            returned, context.extra = await self._executor.cpu.call(self.cell.node_id, spec, inputs, self)
+            return self._normalised(spec, returned, context)
         if spec.context is not None:
             inputs[spec.context] = context
-        returned: Any = None
         if spec.style == "async_function":
             returned = await spec.call(**inputs)
         elif spec.style == "async_generator":
@@ -106,6 +109,9 @@ class Run:
             returned = spec.call(**inputs)
         else:
             returned = await self._in_thread(lambda: spec.call(**inputs))
+        return self._normalised(spec, returned, context)
+
+    def _normalised(self, spec: NodeSpec, returned: Any, context: Context) -> dict[str, Any]:
         streamed = {
             port: "".join(chunks) if all(type(chunk) is str for chunk in chunks) else chunks
             for port, chunks in self._streamed.items()
@@ -210,7 +216,7 @@ class Run:
     def _push(self, port: str, chunk: Any) -> None:
         spec = self.cell.spec
         if port not in spec.outputs and not spec.open_outputs:
-            raise NodeFailed(f"{spec.node_type} has no output port {port!r}; its outputs: {', '.join(spec.outputs)}")
+            raise no_output(spec, port)
         if self.cell.run is not self:
             return  # let go, and perhaps run anew meanwhile
         self._streamed.setdefault(port, []).append(chunk)

@@ -64,7 +64,7 @@ class NodeSpec:
     """A node type: its ports, and the function that runs it.
 
     Attributes:
-        runs: execution class: inline, async, thread, or host.
+        runs: execution class: inline, async, thread, cpu or host.
         call: the author's function; takes the inputs by name.
         style: function, generator, async_function or async_generator.
         stream: the output port that a generator's chunks go to.

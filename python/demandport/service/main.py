@@ -20,6 +20,7 @@ from typing import Any
 
 import anyio
 
+from demandport.engine.cpu import CpuNodes
 from demandport.engine.executor import Executor
 from demandport.engine.registry import load_specs
 from demandport.errors import Internal
@@ -34,6 +35,7 @@ from demandport.wire.codec import codec_named
 from demandport.wire.connection import Connection
 from demandport.wire.framing import MAX_FRAME_BYTES, frame
 from demandport.wire.outbox import Outbox
+from demandport.workers.limits import Limits
 from demandport.workers.process import kill_all
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ class Settings:
         log_level: least level that is sent to the host as `log` messages.
         process: which programs nodes may start; none by default.
         http: which hosts nodes may ask; none by default.
+        cpu_workers: processes for nodes that compute; None for one per core.
+        cpu_memory_bytes: memory that each of them may take; None for any.
     """
 
     codec: str = "msgpack"
@@ -68,6 +72,8 @@ class Settings:
     log_level: str = "INFO"
     process: ProcessConfig = field(default_factory=ProcessConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
+    cpu_workers: int | None = None
+    cpu_memory_bytes: int | None = None
 
 
 def serve(fd_in: int, fd_out: int, settings: Settings) -> None:
@@ -110,6 +116,7 @@ async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
         "process": Processes(settings.process),
         "http": settings.http,
     }
+    cpu = CpuNodes(settings.cpu_workers, limits=Limits(memory_bytes=settings.cpu_memory_bytes))
     async with anyio.create_task_group() as tasks:
         outbox = Outbox(codec)
         writer = Writer(loop, fd_out, lambda: end(0), refill=lambda: service.refill())
@@ -118,7 +125,7 @@ async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
             Connection(codec, settings.max_frame_bytes),
             outbox,
             writer,
-            Executor(tasks, resources),
+            Executor(tasks, resources, cpu=cpu),
             gateway,
             specs,
             tasks,

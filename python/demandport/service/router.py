@@ -483,7 +483,7 @@ class Service:
             },
             "host_calls": self._host_calls.slots.report(),
             "nodes_running": self._executor.running,
-            "pools": {"threads": self._executor.threads.health()},
+            "pools": {"threads": self._executor.threads.health(), "cpu": self._executor.cpu.health()},
             "workers": self._gateway.models(),
             "memory_bytes": psutil.Process().memory_info().rss,
             "unsent_bytes": self._unsent(),

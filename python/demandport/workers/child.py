@@ -16,7 +16,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from demandport.errors import DemandportError
+from demandport.errors import DemandportError, TooLarge
 from demandport.pipes import protect_stdio
 from demandport.wire.codec import MsgpackCodec
 from demandport.wire.framing import MAX_FRAME_BYTES, FrameDecoder, frame
@@ -59,6 +59,8 @@ class Channel:
         self._codec = MsgpackCodec()
         self._writing = threading.Lock()
         self._queue: SimpleQueue[Message] = SimpleQueue()
+        # A fork of this process is not the worker: it must neither write frames nor hold the pipes open.
+        os.register_at_fork(after_in_child=self._forget)
         threading.Thread(target=self._read, name="channel-reader", daemon=True).start()
 
     def send(self, message: Message) -> None:
@@ -66,14 +68,25 @@ class Channel:
 
         Raises:
             TypeMismatch: the message holds a value that cannot travel; nothing was written.
+            TooLarge: it is larger than a frame may be; nothing was written.
         """
+        self.send_measured(message)
+
+    def send_measured(self, message: Message) -> int:
+        """`send`; returns how many bytes the message's payload has."""
         with self._writing:
-            rest = memoryview(frame(self._codec.encode(message)))
+            payload = self._codec.encode(message)
+            if len(payload) > self._max_frame_bytes:
+                raise TooLarge(
+                    f"a message of {len(payload)} bytes is over the limit of {self._max_frame_bytes}; send less at once"
+                )
+            rest = memoryview(frame(payload))
             try:
                 while rest:
                     rest = rest[os.write(self._fd_out, rest) :]
             except OSError:
                 os._exit(0)  # nobody listens any more
+        return len(payload)
 
     def receive(self, block: bool = True) -> Message | None:
         """The next message in order; None when there is none and `block` is false."""
@@ -83,6 +96,12 @@ class Channel:
             return self._queue.get(block)
         except Empty:
             return None
+
+    def _forget(self) -> None:
+        os.close(self._fd_in)
+        os.close(self._fd_out)
+        self._fd_in = self._fd_out = -1
+        self._writing = threading.Lock()  # some other thread may have held it
 
     def _read(self) -> None:
         decoder, codec = FrameDecoder(self._max_frame_bytes), MsgpackCodec()

@@ -68,6 +68,10 @@ class ChildProcess:
         """Kill it and all it has started, with SIGKILL. From any thread; harmless when it is gone."""
         self._signal(signal.SIGKILL)
 
+    def interrupt(self) -> None:
+        """Send SIGINT to it and all it has started, as Ctrl-C does. From any thread; harmless when it is gone."""
+        self._signal(signal.SIGINT)
+
     async def stop(self, grace_s: float = 1.0) -> None:
         """End it and return once it is reaped: SIGTERM, after `grace_s` SIGKILL.
 

@@ -99,7 +99,11 @@ class WorkerProcess(ChildProcess):
         Raises:
             TypeMismatch: the message holds a value that cannot travel.
         """
-        self._writer.write(frame(self._codec.encode(message)))
+        self.send_frame(frame(self._codec.encode(message)))
+
+    def send_frame(self, data: bytes) -> None:
+        """`send` for a message that is a frame already."""
+        self._writer.write(data)
 
     async def stop(self, grace_s: float = 1.0) -> None:
         """End the worker as `ChildProcess.stop` does, beginning with the end of its input."""
