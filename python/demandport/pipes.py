@@ -111,19 +111,32 @@ def drain(fd: int, quiet_s: float, limit_s: float) -> None:
             return
 
 
+def _ready(fd: int, event: int, timeout_s: float) -> bool:
+    poller = select.poll()
+    poller.register(fd, event)
+    return bool(poller.poll(timeout_s * 1000))
+
+
 class Reader:
     """Hands over what a pipe holds, as much as there is at each wake-up of the loop.
 
     Args:
-        on_data: gets each batch of bytes; called on the loop.
+        on_data: gets each batch of bytes; called on the loop. No other thread can `take` before it returns.
         on_end: called once, at end of input or when the pipe breaks.
+        then: called on the loop after each `on_data`, when other threads may take again.
     """
 
     def __init__(
-        self, loop: AbstractEventLoop, fd: int, on_data: Callable[[bytes], None], on_end: Callable[[], None]
+        self,
+        loop: AbstractEventLoop,
+        fd: int,
+        on_data: Callable[[bytes], None],
+        on_end: Callable[[], None],
+        then: Callable[[], None] | None = None,
     ) -> None:
-        self._loop, self._fd, self._on_data, self._on_end = loop, fd, on_data, on_end
+        self._loop, self._fd, self._on_data, self._on_end, self._then = loop, fd, on_data, on_end, then
         os.set_blocking(fd, False)
+        self._taking = threading.Lock()
         # Read into one buffer: a new one for each read may cost the allocator a system call or more.
         self._buffer = memoryview(bytearray(READ_BYTES))
         self._reading = False
@@ -148,24 +161,55 @@ class Reader:
             self._closed = True
             os.close(self._fd)
 
+    def wait(self, timeout_s: float) -> bool:
+        """Block until there is something to read, or the end of input; from any thread. False when the time is over."""
+        return _ready(self._fd, select.POLLIN, timeout_s)
+
+    def take(self, on_data: Callable[[bytes], None]) -> bool | None:
+        """Read once and hand it to `on_data`, in the place of the loop that cannot; from any thread, never waits.
+
+        What is read here and what the loop reads come in the order of the pipe, since each is handed over before the
+        next is read. A loop that comes back meanwhile waits for `on_data`.
+
+        Returns:
+            True when something came, None when there was nothing, False when nothing will come any more; the loop finds
+            out for itself.
+        """
+        with self._taking:
+            data = b"" if self._closed else self._read()
+            if data:
+                on_data(data)
+        return None if data is None else bool(data)
+
     def _readable(self) -> None:
-        try:
-            data = bytes(self._buffer[: os.readv(self._fd, (self._buffer,))])
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            data = b""
+        with self._taking:
+            data = self._read()
+            if data:
+                self._on_data(data)
         if data:
-            self._on_data(data)
-        else:
+            if self._then is not None:
+                self._then()
+        elif data is not None:
             self.pause()
             self._on_end()
+
+    def _read(self) -> bytes | None:
+        """What is there; None for nothing yet, no bytes at the end."""
+        try:
+            return bytes(self._buffer[: os.readv(self._fd, (self._buffer,))])
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError:
+            return b""
 
 
 class Writer:
     """Writes what is queued in the order given, in one call per wake-up of the loop; `write` never waits.
 
     The queue itself is not bounded here: who writes looks at `pending_bytes` and slows its producers down.
+
+    All but `push` and `wait` belongs to the loop's thread. Who takes from the queue holds the lock; adding to it needs
+    none.
 
     Args:
         on_broken: called once when the other side has closed the pipe; what is queued is dropped.
@@ -187,6 +231,9 @@ class Writer:
         self._waiting = False
         self._corked = False
         self._closed = False
+        self._taking = threading.Lock()
+        #: What `push` changed of `pending_bytes`, which only the loop's thread may set.
+        self._pushed_bytes = 0
         self.pending_bytes = 0
 
     def write(self, data: bytes) -> None:
@@ -214,37 +261,77 @@ class Writer:
         if self._scheduled:
             self._flush()
 
+    def wait(self, timeout_s: float) -> bool:
+        """Block until the pipe takes something, or is broken; from any thread. False when the time is over."""
+        return _ready(self._fd, select.POLLOUT, timeout_s)
+
+    def push(self, data: bytes = b"") -> bool:
+        """Queue `data` and write all that is queued, for a loop that cannot; from any thread, never waits.
+
+        Nothing is refilled. What the pipe does not take stays, in order, for the next `push`, or for the loop, which
+        must be told to `wake`.
+
+        Returns:
+            False when the pipe is full and something is left.
+
+        Raises:
+            OSError: the pipe is closed, on this side or the other; the loop finds out for itself.
+        """
+        with self._taking:
+            if self._closed:
+                raise BrokenPipeError("the pipe is closed")
+            if data:
+                self._queue.append(data)
+                self._pushed_bytes += len(data)
+            while self._next_batch(None):
+                try:
+                    written = os.write(self._fd, self._rest)
+                except (BlockingIOError, InterruptedError):
+                    return False
+                self._pushed_bytes -= written
+                self._rest = self._rest[written:]
+        return True
+
     def close(self) -> None:
         """Drop what is queued and close the descriptor."""
-        if not self._closed:
-            self._closed = True
-            self._stop_waiting()
-            self._queue.clear()
-            self._rest = memoryview(b"")
-            self.pending_bytes = 0
-            os.close(self._fd)
+        with self._taking:
+            self._close()
 
     def flush_blocking(self, timeout_s: float) -> None:
         """Write what is queued before the process ends, waiting at most `timeout_s` for a slow reader."""
         poller = select.poll()
         poller.register(self._fd, select.POLLOUT)
-        while not self._closed and self._next_batch() and poller.poll(timeout_s * 1000):
-            if not self._write_some():
-                return
+        with self._taking:
+            while not self._closed and self._next_batch(self._refill) and poller.poll(timeout_s * 1000):
+                if not self._write_some():
+                    return
+
+    def _close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._stop_waiting()
+            self._queue.clear()
+            self._rest = memoryview(b"")
+            self.pending_bytes = self._pushed_bytes = 0
+            os.close(self._fd)
 
     def _flush(self) -> None:
         self._scheduled = False
-        while not self._closed and self._next_batch():
-            if not self._write_some():
-                return
+        with self._taking:
+            if self._pushed_bytes:
+                self.pending_bytes += self._pushed_bytes
+                self._pushed_bytes = 0
+            while not self._closed and self._next_batch(self._refill):
+                if not self._write_some():
+                    return
         self._stop_waiting()
 
-    def _next_batch(self) -> bool:
+    def _next_batch(self, refill: Callable[[], list[bytes]] | None) -> bool:
         """Have `_rest` hold something to write, if there is anything."""
         if self._rest:
             return True
-        if not self._queue and self._refill is not None:
-            for data in self._refill():
+        if not self._queue and refill is not None:
+            for data in refill():
                 self._queue.append(data)
                 self.pending_bytes += len(data)
         if not self._queue:
@@ -266,7 +353,7 @@ class Writer:
         except (BlockingIOError, InterruptedError):
             written = 0
         except OSError:
-            self.close()
+            self._close()
             self._on_broken()
             return False
         self.pending_bytes -= written
