@@ -6,6 +6,7 @@ on pipes that the peer gave to this process alone; fd 2 is never touched.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import os
@@ -14,7 +15,7 @@ import stat
 import threading
 import time
 from asyncio import AbstractEventLoop
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # What a pipe holds by default.
 READ_BYTES = 1 << 16
@@ -117,7 +118,39 @@ def _ready(fd: int, event: int, timeout_s: float) -> bool:
     return bool(poller.poll(timeout_s * 1000))
 
 
-class Reader:
+class _Lent:
+    """Work of the loop's thread that another may borrow, but not in the middle of it.
+
+    The loop only sets `_inside` around its work and looks at `_borrowed`: it does so for every batch, and a lock would
+    cost it ten times as much. Each side says first what it is about to do and then looks at the other. The lock of the
+    interpreter orders these steps, so that never both go on.
+    """
+
+    def __init__(self) -> None:
+        self._inside = False
+        self._borrowed = False
+        self._borrowing = threading.Lock()
+
+    def _enter(self) -> None:
+        """On the loop, which is inside: wait until nobody has borrowed the work."""
+        while self._borrowed:
+            self._inside = False
+            with self._borrowing:
+                pass
+            self._inside = True
+
+    @contextlib.contextmanager
+    def _borrow(self) -> Iterator[bool]:
+        """On another thread: have the work to itself, if it gets True; the loop waits at its next batch."""
+        with self._borrowing:
+            self._borrowed = True
+            try:
+                yield not self._inside
+            finally:
+                self._borrowed = False
+
+
+class Reader(_Lent):
     """Hands over what a pipe holds, as much as there is at each wake-up of the loop.
 
     Args:
@@ -134,9 +167,9 @@ class Reader:
         on_end: Callable[[], None],
         then: Callable[[], None] | None = None,
     ) -> None:
+        super().__init__()
         self._loop, self._fd, self._on_data, self._on_end, self._then = loop, fd, on_data, on_end, then
         os.set_blocking(fd, False)
-        self._taking = threading.Lock()
         # Read into one buffer: a new one for each read may cost the allocator a system call or more.
         self._buffer = memoryview(bytearray(READ_BYTES))
         self._reading = False
@@ -166,26 +199,33 @@ class Reader:
         return _ready(self._fd, select.POLLIN, timeout_s)
 
     def take(self, on_data: Callable[[bytes], None]) -> bool | None:
-        """Read once and hand it to `on_data`, in the place of the loop that cannot; from any thread, never waits.
+        """Read once and hand it to `on_data`, for a loop that cannot; from another thread, never waits.
 
         What is read here and what the loop reads come in the order of the pipe, since each is handed over before the
         next is read. A loop that comes back meanwhile waits for `on_data`.
 
         Returns:
-            True when something came, None when there was nothing, False when nothing will come any more; the loop finds
-            out for itself.
+            True when something came; None when there was nothing, or the loop is at it itself; False when nothing will
+            come any more, which the loop finds out for itself.
         """
-        with self._taking:
+        with self._borrow() as mine:
+            if not mine:
+                return None
             data = b"" if self._closed else self._read()
             if data:
                 on_data(data)
         return None if data is None else bool(data)
 
     def _readable(self) -> None:
-        with self._taking:
+        self._inside = True
+        try:
+            if self._borrowed:
+                self._enter()
             data = self._read()
             if data:
                 self._on_data(data)
+        finally:
+            self._inside = False
         if data:
             if self._then is not None:
                 self._then()
@@ -203,13 +243,12 @@ class Reader:
             return b""
 
 
-class Writer:
+class Writer(_Lent):
     """Writes what is queued in the order given, in one call per wake-up of the loop; `write` never waits.
 
     The queue itself is not bounded here: who writes looks at `pending_bytes` and slows its producers down.
 
-    All but `push` and `wait` belongs to the loop's thread. Who takes from the queue holds the lock; adding to it needs
-    none.
+    All but `push` and `wait` belongs to the loop's thread.
 
     Args:
         on_broken: called once when the other side has closed the pipe; what is queued is dropped.
@@ -223,6 +262,7 @@ class Writer:
         on_broken: Callable[[], None],
         refill: Callable[[], list[bytes]] | None = None,
     ) -> None:
+        super().__init__()
         self._loop, self._fd, self._on_broken, self._refill = loop, fd, on_broken, refill
         os.set_blocking(fd, False)
         self._queue: list[bytes] = []
@@ -231,9 +271,8 @@ class Writer:
         self._waiting = False
         self._corked = False
         self._closed = False
-        self._taking = threading.Lock()
-        #: What `push` changed of `pending_bytes`, which only the loop's thread may set.
-        self._pushed_bytes = 0
+        #: What `push` queued less what it wrote, and how much of that `pending_bytes` knows: each is set by one thread.
+        self._pushed_bytes = self._known_bytes = 0
         self.pending_bytes = 0
 
     def write(self, data: bytes) -> None:
@@ -250,6 +289,13 @@ class Writer:
             self._scheduled = True
             if not self._corked:
                 self._loop.call_soon(self._flush)
+
+    def take_over(self) -> None:
+        """Go on where another thread has stopped to `push`."""
+        pushed = self._pushed_bytes
+        self.pending_bytes += pushed - self._known_bytes
+        self._known_bytes = pushed
+        self.wake()
 
     def cork(self) -> None:
         """Hold back until `uncork`: who is about to write many times saves the loop a turn."""
@@ -269,42 +315,49 @@ class Writer:
         """Queue `data` and write all that is queued, for a loop that cannot; from any thread, never waits.
 
         Nothing is refilled. What the pipe does not take stays, in order, for the next `push`, or for the loop, which
-        must be told to `wake`.
+        must be told to `take_over`.
 
         Returns:
-            False when the pipe is full and something is left.
+            False when something is left: the pipe is full, or the loop is at it itself.
 
         Raises:
             OSError: the pipe is closed, on this side or the other; the loop finds out for itself.
         """
-        with self._taking:
-            if self._closed:
-                raise BrokenPipeError("the pipe is closed")
-            if data:
-                self._queue.append(data)
-                self._pushed_bytes += len(data)
-            while self._next_batch(None):
-                try:
-                    written = os.write(self._fd, self._rest)
-                except (BlockingIOError, InterruptedError):
-                    return False
-                self._pushed_bytes -= written
-                self._rest = self._rest[written:]
+        if data:
+            self._queue.append(data)
+            self._pushed_bytes += len(data)
+        with self._borrow() as mine:
+            return mine and self._push()
+
+    def _push(self) -> bool:
+        if self._closed:
+            raise BrokenPipeError("the pipe is closed")
+        while self._next_batch(None):
+            try:
+                written = os.write(self._fd, self._rest)
+            except (BlockingIOError, InterruptedError):
+                return False
+            self._pushed_bytes -= written
+            self._rest = self._rest[written:]
         return True
 
     def close(self) -> None:
         """Drop what is queued and close the descriptor."""
-        with self._taking:
-            self._close()
+        self._inside = True
+        self._enter()
+        self._close()
+        self._inside = False
 
     def flush_blocking(self, timeout_s: float) -> None:
         """Write what is queued before the process ends, waiting at most `timeout_s` for a slow reader."""
         poller = select.poll()
         poller.register(self._fd, select.POLLOUT)
-        with self._taking:
-            while not self._closed and self._next_batch(self._refill) and poller.poll(timeout_s * 1000):
-                if not self._write_some():
-                    return
+        self._inside = True
+        self._enter()
+        while not self._closed and self._next_batch(self._refill) and poller.poll(timeout_s * 1000):
+            if not self._write_some():
+                break
+        self._inside = False
 
     def _close(self) -> None:
         if not self._closed:
@@ -312,18 +365,20 @@ class Writer:
             self._stop_waiting()
             self._queue.clear()
             self._rest = memoryview(b"")
-            self.pending_bytes = self._pushed_bytes = 0
+            self.pending_bytes = 0
             os.close(self._fd)
 
     def _flush(self) -> None:
         self._scheduled = False
-        with self._taking:
-            if self._pushed_bytes:
-                self.pending_bytes += self._pushed_bytes
-                self._pushed_bytes = 0
+        self._inside = True
+        try:
+            if self._borrowed:
+                self._enter()
             while not self._closed and self._next_batch(self._refill):
                 if not self._write_some():
                     return
+        finally:
+            self._inside = False
         self._stop_waiting()
 
     def _next_batch(self, refill: Callable[[], list[bytes]] | None) -> bool:

@@ -28,7 +28,7 @@ from demandport.inference.gateway import Gateway
 from demandport.nodes import BUILT_IN
 from demandport.pipes import Reader, Writer, drain, watch_end
 from demandport.service.router import Service
-from demandport.service.watchdog import LoopClock, Watchdog
+from demandport.service.watchdog import Watchdog
 from demandport.wire.codec import codec_named
 from demandport.wire.connection import Connection
 from demandport.wire.framing import MAX_FRAME_BYTES, frame
@@ -70,15 +70,7 @@ def serve(fd_in: int, fd_out: int, settings: Settings) -> None:
     watch_end(fd_in, _end_for_sure)
     status = 70
     try:
-        turns = LoopClock()
-        status = anyio.run(
-            _serve,
-            fd_in,
-            fd_out,
-            settings,
-            turns,
-            backend_options={"loop_factory": lambda: asyncio.SelectorEventLoop(turns)},
-        )
+        status = anyio.run(_serve, fd_in, fd_out, settings)
     except BaseException as fatal:
         log.critical("the service ends on a bug", exc_info=fatal)
         _say_goodbye(fd_out, settings, fatal)
@@ -95,7 +87,7 @@ def tune_gc() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
-async def _serve(fd_in: int, fd_out: int, settings: Settings, turns: LoopClock) -> int:
+async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[int] = loop.create_future()
 
@@ -127,7 +119,7 @@ async def _serve(fd_in: int, fd_out: int, settings: Settings, turns: LoopClock) 
             lambda pause: reader.pause() if pause else reader.start(),
         )
         reader = Reader(loop, fd_in, service.inbox.take, lambda: end(0), then=service.work)
-        watchdog = Watchdog(loop, turns, reader, writer, service, outbox, codec_named(settings.codec))
+        watchdog = Watchdog(loop, reader, writer, service, outbox, codec_named(settings.codec))
         _end_on_signals(loop, end)
         service.ready(codec.name)
         _log_to(service, loop, settings.log_level)

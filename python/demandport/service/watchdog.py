@@ -11,7 +11,6 @@ thread too.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import selectors
 import sys
@@ -36,6 +35,8 @@ LOOK_S = 0.025
 SAVED_LOOKS, SOON_S = 20, 0.005
 #: While the loop stands, the thread looks this often whether it still does.
 STEP_S = 0.01
+#: A pipe that the loop itself is at is left alone for so long.
+BUSY_S = 0.001
 #: The interpreter's switch interval while the loop stands: a node that computes keeps each ping waiting for a few.
 SWITCH_S = 0.0005
 #: What lasts shorter is no stall worth a word.
@@ -43,33 +44,8 @@ REPORT_S = 0.25
 #: The stacks in the log are cut off here.
 STACKS_BYTES = 32 << 10
 
-_select = selectors.DefaultSelector.select
-
-
-class LoopClock(selectors.DefaultSelector):
-    """The selector of the loop, which also counts its turns; another thread may read both attributes.
-
-    Attributes:
-        turn: number of the loop's turn.
-        waiting: the loop has nothing to do.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.turn = 0
-        self.waiting = False
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        self.waiting = True
-        try:
-            return _select(self, timeout)
-        finally:
-            self.waiting = False
-            self.turn += 1
-
-    def close(self) -> None:
-        self.waiting = True  # for ever: a loop that has ended does not stand
-        super().close()
+#: Where the loop's thread is while the loop has nothing to do.
+_WAITS = selectors.DefaultSelector.select.__code__
 
 
 class Clock(Protocol):
@@ -92,7 +68,7 @@ class Watchdog:
     """Watches one loop and the pipes that it serves. Made on the loop's thread.
 
     Args:
-        loop, turns: the event loop, and its selector.
+        loop: the event loop; one with a selector, as asyncio's is by default.
         reader, writer: the way in and the way out.
         outbox: knows how large a message may be.
         codec: one of its own, since threads cannot share one.
@@ -102,7 +78,6 @@ class Watchdog:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        turns: LoopClock,
         reader: Reader,
         writer: Writer,
         service: Served,
@@ -110,13 +85,17 @@ class Watchdog:
         codec: Codec,
         clock: Clock = time,
     ) -> None:
-        self._loop, self._turns, self._reader, self._writer = loop, turns, reader, writer
+        self._loop, self._reader, self._writer = loop, reader, writer
         self._service, self._outbox, self._codec, self._clock = service, outbox, codec, clock
         self._inbox = service.inbox
         self._loop_thread = threading.get_ident()
         self._stopped = threading.Event()
-        self._looks, self._looked = 0.0, clock.monotonic()
+        #: The loop has turned since `_ask`.
+        self._turned = True
+        self._looks, self._looked = float(SAVED_LOOKS), clock.monotonic()
         self._input_over = self._output_full = self._output_broken = False
+        #: The thread has stood in since the loop turned last.
+        self._standing = False
         #: When the stall began that was reported and whose end is still to be told.
         self._reported: float | None = None
 
@@ -133,22 +112,36 @@ class Watchdog:
     def _watch(self) -> None:
         try:
             while not self._stopped.is_set():
-                since, turn = self._look()
-                if turn is not None:
-                    self._stand_in(since, turn)
+                if self._waits() and not self._reader.wait(IDLE_S):
+                    continue
+                since = self._clock.monotonic()
+                if self._stands(since):
+                    self._stand_in(since)
         except Exception:  # the service does its work without a watchdog, too
             log.exception("a bug in the watchdog; the loop is not watched any more")
 
-    def _look(self) -> tuple[float, int | None]:
-        """Look at the loop twice; returns when it was looked at first, and the turn in which it stands, or None."""
-        turns, read = self._turns, self._inbox.read
-        if turns.waiting:
-            self._reader.wait(IDLE_S)
-        since, turn, left = self._clock.monotonic(), turns.turn, len(read)
-        self._clock.sleep(self._until_next(since))
-        # A long turn that handles one message after the other is busy, and does not stand.
-        stands = turn == turns.turn and not turns.waiting and left == len(read)
-        return since, turn if stands else None
+    def _waits(self) -> bool:
+        """The loop has nothing to do. Found from outside, so that turning costs the loop nothing."""
+        at = sys._current_frames().get(self._loop_thread)
+        return at is not None and at.f_code is _WAITS
+
+    def _stands(self, now: float) -> bool:
+        """Look at the loop twice: it has not turned in between.
+
+        A long turn that handles one message after the other is busy, and does not stand.
+        """
+        left = len(self._inbox.read)
+        self._ask()
+        self._clock.sleep(self._until_next(now))
+        return not self._turned and left == len(self._inbox.read)
+
+    def _ask(self) -> None:
+        """Have the loop say when it turns."""
+        self._turned = False
+        try:
+            self._loop.call_soon_threadsafe(self._turns)
+        except RuntimeError:  # it has ended
+            self.stop()
 
     def _until_next(self, now: float) -> float:
         """How long to wait between two looks, in seconds."""
@@ -161,32 +154,37 @@ class Watchdog:
 
     # --------------------------------------------------------------------------------- standing in
 
-    def _stand_in(self, since: float, turn: int) -> None:
+    def _stand_in(self, since: float) -> None:
         """Do what the loop cannot until it turns again."""
         interval = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_S)
-        self._tell_loop()  # the first that it does once it turns
-        reported = False
+        self._standing, reported = True, False
         try:
             self._answer(self._inbox.standing_pings())
-            while self._turns.turn == turn and not self._stopped.is_set():
+            while not self._turned and not self._stopped.is_set():
                 self._step()
-                if not reported and self._clock.monotonic() - since >= REPORT_S and self._turns.turn == turn:
+                if not reported and self._clock.monotonic() - since >= REPORT_S and not self._turned:
                     reported = True
                     self._report(since)
         finally:
             sys.setswitchinterval(interval)
-            self._tell_loop()
+            self._standing = True
+            self._ask()
 
     def _step(self) -> None:
         """Wait for a pipe, for a moment, and go on with it. While answers stand in line, nothing is read."""
         if self._output_full:
             if self._writer.wait(STEP_S):
                 self._push(b"")
+            if self._output_full:  # or the loop writes
+                self._clock.sleep(BUSY_S)
         elif self._output_broken or self._input_over or self._inbox.full:
             self._clock.sleep(STEP_S)
         elif self._reader.wait(STEP_S):
-            self._input_over = self._reader.take(self._take) is False
+            taken = self._reader.take(self._take)
+            self._input_over = taken is False
+            if taken is None:  # the loop reads, which may be what takes long
+                self._clock.sleep(BUSY_S)
 
     def _take(self, data: bytes) -> None:
         self._answer(self._inbox.keep(data))
@@ -218,14 +216,14 @@ class Watchdog:
 
     # ---------------------------------------------------------------------------------- on the loop
 
-    def _tell_loop(self) -> None:
-        with contextlib.suppress(RuntimeError):  # it has ended
-            self._loop.call_soon_threadsafe(self._back)
-
-    def _back(self) -> None:
-        """On the loop: it turns again."""
+    def _turns(self) -> None:
+        """On the loop: it turns. After a stall it goes on where the thread has stopped."""
+        self._turned = True
+        if not self._standing:
+            return
+        self._standing = False
         self._service.work()
-        self._writer.wake()
+        self._writer.take_over()
         since, self._reported = self._reported, None
         if since is not None:
             log.warning("the event loop turns again, after %.2f s", self._clock.monotonic() - since)
