@@ -16,7 +16,7 @@ from demandport.wire.messages import Ping
 
 #: As much as this the thread reads and keeps for a loop that stands; then it leaves the rest in the pipe. A frame that
 #: is not complete yet does not count.
-KEPT_BYTES = 16 << 20
+KEPT_BYTES = 4 << 20
 #: Of what was kept, about as many messages as one read may bring come back at once, so that the loop turns in between.
 TURN_MESSAGES = 4096
 

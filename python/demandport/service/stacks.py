@@ -15,20 +15,31 @@ _RUNS_NODES = {Executor._run_inline.__code__: "cell", Run.execute.__code__: "sel
 
 
 def stacks(first: int, limit_bytes: int) -> str:
-    """The stacks of all threads but the caller's, innermost call last, the thread `first` first.
+    """The stacks of all threads but the caller's, the thread `first` first, innermost call last. Reads source files.
 
-    What is over `limit_bytes` is cut off. Reads source files.
+    What makes it longer than `limit_bytes` is left out: of a stack the outermost calls, then whole threads.
     """
     frames = sys._current_frames()
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    order = [first, *sorted(frames.keys() - {first, threading.get_ident()})]
-    text = ""
-    for ident in order:
-        if ident not in frames or len(text) > limit_bytes:
-            continue
-        text += f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frames[ident]))
-    data = text.encode(errors="replace")
-    return data.decode() if len(data) <= limit_bytes else data[:limit_bytes].decode(errors="ignore") + "…"
+    parts: list[str] = []
+    for thread in [first, *sorted(frames.keys() - {first, threading.get_ident()})]:
+        if thread in frames:
+            head = f"thread {names.get(thread, thread)}:\n"
+            limit_bytes -= len(head.encode())
+            calls = _innermost(frames[thread], limit_bytes)
+            if not calls:
+                break
+            limit_bytes -= sum(map(len, calls))
+            parts.append(head + b"".join(calls).decode())
+    return "".join(parts)
+
+
+def _innermost(frame: FrameType, limit_bytes: int) -> list[bytes]:
+    """As many of the innermost calls, each as text, as have room."""
+    calls = [call.encode(errors="replace") for call in traceback.format_stack(frame)]
+    while calls and sum(map(len, calls)) > limit_bytes:
+        del calls[0]
+    return calls
 
 
 def node_on(thread: int) -> str | None:

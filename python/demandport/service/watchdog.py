@@ -133,7 +133,11 @@ class Watchdog:
         left = len(self._inbox.read)
         self._ask()
         self._clock.sleep(self._until_next(now))
-        return not self._turned and left == len(self._inbox.read)
+        return self._still() and left == len(self._inbox.read)
+
+    def _still(self) -> bool:
+        """It has not turned since `_ask`, and is to be watched at all."""
+        return not self._turned and not self._stopped.is_set() and not self._loop.is_closed()
 
     def _ask(self) -> None:
         """Have the loop say when it turns."""
@@ -145,12 +149,9 @@ class Watchdog:
 
     def _until_next(self, now: float) -> float:
         """How long to wait between two looks, in seconds."""
-        self._looks = min(SAVED_LOOKS, self._looks + (now - self._looked) / LOOK_S)
-        self._looked = now
-        if self._looks < 1:
-            return LOOK_S
-        self._looks -= 1
-        return SOON_S
+        saved = min(SAVED_LOOKS, self._looks + (now - self._looked) / LOOK_S)
+        self._looks, self._looked = max(0.0, saved - 1), now
+        return SOON_S if self._looks >= 1 else LOOK_S
 
     # --------------------------------------------------------------------------------- standing in
 
@@ -161,9 +162,9 @@ class Watchdog:
         self._standing, reported = True, False
         try:
             self._answer(self._inbox.standing_pings())
-            while not self._turned and not self._stopped.is_set():
+            while self._still():
                 self._step()
-                if not reported and self._clock.monotonic() - since >= REPORT_S and not self._turned:
+                if not reported and self._clock.monotonic() - since >= REPORT_S and self._still():
                     reported = True
                     self._report(since)
         finally:
@@ -204,7 +205,6 @@ class Watchdog:
     def _report(self, since: float) -> None:
         if not log.isEnabledFor(logging.WARNING) or not self._service.has_room():
             return
-        self._reported = since
         node = node_on(self._loop_thread)
         where = "" if node is None else f" in the node {node[:100]!r}"
         advice = "no async or inline node may block or compute for long; a plain function runs in a thread"
@@ -213,6 +213,7 @@ class Watchdog:
         text = f"the event loop stands{where}: {advice}\n{stacks(self._loop_thread, limit)}"
         metadata = {} if node is None else {"node": node[:100]}
         self._push(frame(self._codec.encode(["log", "warning", log.name, text, metadata])))
+        self._reported = since
 
     # ---------------------------------------------------------------------------------- on the loop
 
