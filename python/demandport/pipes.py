@@ -252,7 +252,8 @@ class Writer(_Lent):
 
     Args:
         on_broken: called once when the other side has closed the pipe; what is queued is dropped.
-        refill: asked for more frames when the pipe takes more than is queued; returns none when there are none.
+        refill: asked for more frames when the pipe takes more than is queued; returns none when there are none. May be
+            set later, as the attribute of that name.
     """
 
     def __init__(
@@ -263,7 +264,7 @@ class Writer(_Lent):
         refill: Callable[[], list[bytes]] | None = None,
     ) -> None:
         super().__init__()
-        self._loop, self._fd, self._on_broken, self._refill = loop, fd, on_broken, refill
+        self._loop, self._fd, self._on_broken, self.refill = loop, fd, on_broken, refill
         os.set_blocking(fd, False)
         self._queue: list[bytes] = []
         self._rest = memoryview(b"")
@@ -354,7 +355,7 @@ class Writer(_Lent):
         poller.register(self._fd, select.POLLOUT)
         self._inside = True
         self._enter()
-        while not self._closed and self._next_batch(self._refill) and poller.poll(timeout_s * 1000):
+        while not self._closed and self._next_batch(self.refill) and poller.poll(timeout_s * 1000):
             if not self._write_some():
                 break
         self._inside = False
@@ -374,12 +375,13 @@ class Writer(_Lent):
         try:
             if self._borrowed:
                 self._enter()
-            while not self._closed and self._next_batch(self._refill):
+            while not self._closed and self._next_batch(self.refill):
                 if not self._write_some():
                     return
         finally:
             self._inside = False
-        self._stop_waiting()
+        if self._waiting:
+            self._stop_waiting()
 
     def _next_batch(self, refill: Callable[[], list[bytes]] | None) -> bool:
         """Have `_rest` hold something to write, if there is anything."""

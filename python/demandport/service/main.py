@@ -105,7 +105,7 @@ async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
     }
     async with anyio.create_task_group() as tasks:
         outbox = Outbox(codec)
-        writer = Writer(loop, fd_out, lambda: end(0), refill=lambda: service.refill())
+        writer = Writer(loop, fd_out, lambda: end(0))
         service = Service(
             Connection(codec, settings.max_frame_bytes),
             outbox,
@@ -118,6 +118,7 @@ async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
             end,
             lambda pause: reader.pause() if pause else reader.start(),
         )
+        writer.refill = service.refill
         reader = Reader(loop, fd_in, service.inbox.take, lambda: end(0), then=service.work)
         watchdog = Watchdog(loop, reader, writer, service, outbox, codec_named(settings.codec))
         _end_on_signals(loop, end)
