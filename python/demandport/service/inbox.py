@@ -30,12 +30,14 @@ class Inbox:
     Attributes:
         read: what the loop handles next; it takes from the left.
         kept: what comes after that, as (messages, bytes) of one read each; empty unless the loop has stood.
+        taken: how often the loop has taken something in.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self.read: deque[Any] = deque()
         self.kept: deque[tuple[list[Any], int]] = deque()
+        self.taken = 0
         self._kept_bytes = self._given_back_bytes = 0
         self._answering = threading.Lock()
         #: Pings that the thread has answered and the loop has still to pass by; by identity, since the host may use
@@ -46,6 +48,7 @@ class Inbox:
 
     def take(self, data: bytes) -> None:
         """Take in what the loop has read."""
+        self.taken += 1
         events = self._connection.receive(data)
         if self.kept:
             self._keep(events, len(data))

@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 #: While the loop waits and nothing comes, it is looked at this often.
 IDLE_S = 0.25
 #: Under steady traffic it is looked at this often, which costs nothing that can be measured.
-LOOK_S = 0.025
+LOOK_S = 0.05
 #: Looks that a quiet time has saved, up to so many, are spent in shorter time: so a stall after it is noticed at once.
-SAVED_LOOKS, SOON_S = 20, 0.005
+SAVED_LOOKS, SOON_S = 20, 0.004
 #: While the loop stands, the thread looks this often whether it still does.
 STEP_S = 0.01
 #: A pipe that the loop itself is at is left alone for so long.
@@ -112,27 +112,29 @@ class Watchdog:
     def _watch(self) -> None:
         try:
             while not self._stopped.is_set():
-                if self._waits() and not self._reader.wait(IDLE_S):
-                    continue
-                since = self._clock.monotonic()
-                if self._stands(since):
-                    self._stand_in(since)
+                taken = self._inbox.taken
+                self._clock.sleep(self._until_next(self._clock.monotonic()))
+                # While it takes in what the host sends, it turns; that is told without a word to it.
+                if taken == self._inbox.taken and not self._idle():
+                    since = self._clock.monotonic()
+                    if self._stands():
+                        self._stand_in(since)
         except Exception:  # the service does its work without a watchdog, too
             log.exception("a bug in the watchdog; the loop is not watched any more")
 
-    def _waits(self) -> bool:
-        """The loop has nothing to do. Found from outside, so that turning costs the loop nothing."""
+    def _idle(self) -> bool:
+        """The loop has nothing to do, and nothing comes for a while."""
         at = sys._current_frames().get(self._loop_thread)
-        return at is not None and at.f_code is _WAITS
+        return at is not None and at.f_code is _WAITS and not self._reader.wait(IDLE_S)
 
-    def _stands(self, now: float) -> bool:
-        """Look at the loop twice: it has not turned in between.
+    def _stands(self) -> bool:
+        """Ask the loop, and give it a moment: it has not turned.
 
         A long turn that handles one message after the other is busy, and does not stand.
         """
         left = len(self._inbox.read)
         self._ask()
-        self._clock.sleep(self._until_next(now))
+        self._clock.sleep(SOON_S)
         return self._still() and left == len(self._inbox.read)
 
     def _still(self) -> bool:
