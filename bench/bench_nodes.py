@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -26,3 +27,19 @@ async def flood(count: int = 1000) -> AsyncIterator[int]:
     """Streams small integers as fast as they are taken."""
     for number in range(count):
         yield number & 127
+
+
+@node("bench-sleep", runs="inline")
+def sleeps(seconds: float) -> float:
+    """What no inline node should do."""
+    time.sleep(seconds)
+    return seconds
+
+
+@node("bench-spin")
+async def spins(seconds: float) -> float:
+    """What no async node should do."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+    return seconds

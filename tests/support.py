@@ -120,6 +120,15 @@ def spin(gate: str) -> str:
     time.sleep(1000)
     return ""
 
+@node("t-stall", runs="inline")
+def stall(gate: str) -> str:
+    with open(gate) as opened:
+        return opened.read()
+
+@node("t-stall-async")
+async def stall_async(gate: str) -> str:
+    return stall(gate)
+
 @node("t-raise")
 def fail(x: int = 0) -> str:
     raise RuntimeError("\\ud800 odd")

@@ -414,8 +414,7 @@ def test_an_idle_worker_that_dies_comes_back() -> None:
 
 def test_workers_that_never_get_ready_fail_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     async def check(lab: Lab) -> None:
-        monkeypatch.setattr("demandport.workers.process._PACKAGE_ROOT", "/nowhere")
-        monkeypatch.setenv("PYTHONPATH", "/nowhere")
+        monkeypatch.setattr(sys, "executable", shutil.which("false"))
         for _ in range(2):
             with pytest.raises(DemandportError, match="gets ready: exited with status 1") as wrong:
                 await lab.value("c-echo")

@@ -102,6 +102,12 @@ class _Runtime:
         with contextlib.suppress(Cancelled):  # who would hear it is gone
             self._job.say(["event", event, fields])
 
+    async def room(self) -> None:
+        """What is said waits for room by itself."""
+
+    def open_graph(self, data: dict[str, Any]) -> Any:
+        raise _not_here(self._spec.node_type, "ctx.open_graph")
+
     async def wait_input(self, port: str) -> Any:
         raise _not_here(self._spec.node_type, "ctx.wait_input")
 

@@ -31,6 +31,7 @@ from demandport.nodes.http import HttpConfig
 from demandport.nodes.process import ProcessConfig, Processes
 from demandport.pipes import Reader, Writer, drain, watch_end
 from demandport.service.router import Service
+from demandport.service.watchdog import Watchdog
 from demandport.wire.codec import codec_named
 from demandport.wire.connection import Connection
 from demandport.wire.framing import MAX_FRAME_BYTES, frame
@@ -119,8 +120,7 @@ async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
     cpu = CpuNodes(settings.cpu_workers, limits=Limits(memory_bytes=settings.cpu_memory_bytes))
     async with anyio.create_task_group() as tasks:
         outbox = Outbox(codec)
-        writer = Writer(loop, fd_out, lambda: end(0), refill=lambda: service.refill())
-        reader = Reader(loop, fd_in, lambda data: service.receive(data), lambda: end(0))
+        writer = Writer(loop, fd_out, lambda: end(0))
         service = Service(
             Connection(codec, settings.max_frame_bytes),
             outbox,
@@ -133,12 +133,17 @@ async def _serve(fd_in: int, fd_out: int, settings: Settings) -> int:
             end,
             lambda pause: reader.pause() if pause else reader.start(),
         )
+        writer.refill = service.refill
+        reader = Reader(loop, fd_in, service.inbox.take, lambda: end(0), then=service.work)
+        watchdog = Watchdog(loop, reader, writer, service, outbox, codec_named(settings.codec))
         _end_on_signals(loop, end)
         service.ready(codec.name)
         _log_to(service, loop, settings.log_level)
         tune_gc()
         reader.start()
+        watchdog.start()
         status = await ended
+        watchdog.stop()
         reader.pause()
         # Deliver first, then take down: nothing below can cost the host an answer.
         writer.flush_blocking(GRACE_S)

@@ -1,6 +1,6 @@
 """Where wire and engine meet: each message of the host is handled here, and what comes of it is sent.
 
-The main loop is `Service.receive`: bytes → messages → one handler each, chosen by the message's type. Handlers do not
+The main loop is `Service.work`: messages of the inbox → one handler each, chosen by the message's type. Handlers do not
 wait; what takes time runs as a task of the service's task group and sends its reply when it is done.
 """
 
@@ -43,6 +43,7 @@ from demandport.inference.config import ModelSpec
 from demandport.inference.gateway import Gateway
 from demandport.pipes import Writer
 from demandport.service.host_calls import TOOLS, Host, HostCalls, SessionSpecs
+from demandport.service.inbox import Inbox
 from demandport.service.many import ManySink
 from demandport.service.streams import Stream, WireSink
 from demandport.service.subscription import Subscription
@@ -71,6 +72,9 @@ class Service:
         connection, outbox, writer: the way in and the way out.
         end: called with an exit status when the connection is over.
         pause: called with True when reading must pause, with False when it may go on.
+
+    Attributes:
+        inbox: what was read and not handled yet.
     """
 
     def __init__(
@@ -100,8 +104,8 @@ class Service:
         self._out = _DemandOut(self)
         self._roomless: deque[asyncio.Future[None]] = deque()
         self._paused = False
-        #: Messages that were read and not yet handled.
-        self._read: deque[Any] = deque()
+        self.inbox = Inbox(connection)
+        self._read, self._kept = self.inbox.read, self.inbox.kept
         self._draining = False
         self._last_demand = 0
         self._started = time.monotonic()
@@ -129,13 +133,9 @@ class Service:
         }
         self.send(["ready", info])
 
-    def receive(self, data: bytes) -> None:
-        """Handle every message that `data` completes, in order, and write what comes of them at once."""
-        self._read.extend(self._connection.receive(data))
-        self._work()
-
-    def _work(self) -> None:
-        """Handle what was read, unless the host is far behind with reading the answers."""
+    def work(self) -> None:
+        """Handle what was read, in order, and write what comes of it at once; unless the host is far behind with
+        reading the answers."""
         self._writer.cork()
         try:
             self._handle(self._read)
@@ -145,6 +145,9 @@ class Service:
         if behind != self._paused:
             self._paused = behind
             self._pause(behind)
+        if self._kept and not behind:
+            self.inbox.give_back()
+            asyncio.get_running_loop().call_soon(self.work)
 
     def _handle(self, events: deque[Any]) -> None:
         while events and self._unsent() <= PAUSE_BYTES:
@@ -229,7 +232,7 @@ class Service:
             if not waiter.done():
                 waiter.set_result(None)
         if self._paused and self._unsent() < PAUSE_BYTES // 2:
-            asyncio.get_running_loop().call_soon(self._work)
+            asyncio.get_running_loop().call_soon(self.work)
         return self._outbox.next_frames()
 
     def _unsent(self) -> int:
@@ -489,8 +492,8 @@ class Service:
             "unsent_bytes": self._unsent(),
         }
 
-    def _ping(self, message: m.Ping) -> str:
-        return "pong"
+    def _ping(self, message: m.Ping) -> Any:
+        return "pong" if self.inbox.claim(message) else _LATER
 
     def _drain(self, message: m.Drain) -> Any:
         self._draining = True

@@ -75,6 +75,11 @@ class Connection:
             return [*events, Farewell(bad, 65)]
         return self._read_all(payloads)
 
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes of a frame that is not complete yet."""
+        return self._frames.buffered_bytes
+
     def finish(self, id: int) -> None:
         """The request `id` has had its reply; the id may be used again."""
         self.open_ids.discard(id)
