@@ -50,6 +50,7 @@ MAX_ID = (1 << 64) - 1
 PART_BYTES = 64 * 1024
 #: Requests that are answered by a terminal instead of a reply.
 DEMANDS = frozenset({"demand", "demand_many"})
+TERMINALS = frozenset({"demand_complete", "demand_error"})
 #: Messages that have no reply when they are well-formed.
 _SILENT = frozenset({"credit", "answer", "answer_stream"})
 
@@ -103,6 +104,8 @@ class Asked:
         cancellable, expires: it may end with `cancelled`, with `deadline_exceeded`.
         must_cancel: it may end with nothing else, since a cancel of it was answered with `true`.
         ended: it is answered. cancelled: by `cancelled`.
+        closed: number of the entry in which its session was closed although it had not ended. That is right only when
+            its end was on the way already, in parts or behind such.
         ends: of a `cancel` or a `close`: the demands that it may end.
         streams: chunks that came, by node and port.
     """
@@ -119,6 +122,7 @@ class Asked:
     must_cancel: bool = False
     ended: bool = False
     cancelled: bool = False
+    closed: int | None = None
     ends: list[Asked] = field(default_factory=list)
     streams: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
     last_event: int = -1
@@ -170,6 +174,7 @@ class Judge:
         #: By id, in the order asked: a second one with an id that is open is refused, and the first goes on.
         self._open: dict[int, list[Asked]] = {}
         self._answered: set[int] = set()
+        self._demanded: set[int] = set()
         #: Errors with id 0 that must come (numbers of the entries that ask for them), and that may come.
         self._nameless: list[int] = []
         self._may_be_nameless = 0
@@ -179,6 +184,8 @@ class Judge:
         self._ended_calls: set[Any] = set()
         #: Entry of the latest message that the service has certainly read.
         self._read_up_to = -1
+        #: The message that is being judged came in parts.
+        self._in_parts = False
         self._parts: dict[int, int] = {}
         self._whole: dict[int, int] = {}
         self._done_parts: set[int] = set()
@@ -218,6 +225,11 @@ class Judge:
         return [asked for queue in self._open.values() for asked in queue]
 
     @property
+    def over(self) -> bool:
+        """The connection has ended."""
+        return bool(self._over)
+
+    @property
     def settled(self) -> bool:
         """Every answer is there."""
         return not self._open and not self._nameless
@@ -255,6 +267,7 @@ class Judge:
         asked = self._sent_request(message)
         if asked is None or len(message) not in (4, 5):
             return
+        self._demanded.add(asked.id)
         options = message[4] if len(message) == 5 and type(message[4]) is dict else {}
         asked.session, asked.node = message[2], message[3]
         asked.credit = options.get("credit")
@@ -269,7 +282,7 @@ class Judge:
         for asked in self._open.get(id, ()):
             if type(asked.credit) is int:
                 asked.credit += n
-        if id not in self._open and id not in self._answered:
+        if id not in self._demanded:
             self._may_be_nameless += 1
 
     def _sent_cancel(self, message: Message) -> None:
@@ -323,6 +336,7 @@ class Judge:
         if shape is None or not shape[0](message):
             self._break("form", f"{_shown(message)} is not a message of the protocol")
             return
+        self._in_parts = entry.number is not None
         self._check_parts(entry)
         shape[1](self, message)
 
@@ -371,8 +385,7 @@ class Judge:
         kind, _, value = message
         if asked.kind == "close" and kind == "ok":
             for demand in asked.ends:
-                if not demand.ended:
-                    self._break("close", f"{asked} was answered before {demand} had ended")
+                demand.closed = None if demand.ended else self._index
         elif asked.kind == "cancel" and kind == "ok" and value is True:
             self._judge_cancel(asked)
         self._judge_code(asked, value if kind == "error" else None)
@@ -399,6 +412,8 @@ class Judge:
         elif asked.kind == "demand" and node != asked.node:
             self._break("node", f"{asked} is of {asked.node!r}, and its terminal of {node!r}")
         self._answer(queue, 0)
+        if asked.closed is not None and not self._in_parts:
+            self._break("close", f"its session was closed before {asked} had ended", asked.closed)
         if kind == "demand_complete":
             self._judge_texts(asked, _finals(asked, node, value))
         error = value if kind == "demand_error" else None
@@ -456,6 +471,8 @@ class Judge:
         if not asked.is_demand:
             self._break("wrong_reply", f"a chunk came for {asked}")
             return
+        if self._in_parts:
+            asked.closed = None
         chunks = asked.streams.setdefault((node, port), [])
         if seq != len(chunks):
             self._break("seq", f"chunk {seq} of {node!r}.{port} came for {asked}, and {len(chunks)} were there")
@@ -524,10 +541,16 @@ def _readable_id(message: Message) -> int:
 
 
 def _place(queue: list[Asked], *, refused: bool) -> int:
-    """Which of several messages with one id a reply belongs to: of two the second is refused, and the first goes on."""
-    if len(queue) == 1 or not refused:
+    """Which of several messages with one id a reply belongs to.
+
+    Of two the second is refused, and the first goes on. It is accepted when the end of a demand is on its way already,
+    and its reply may overtake that end, when it is large.
+    """
+    if len(queue) == 1:
         return 0
-    return next((at for at, asked in enumerate(queue) if asked.kind in _SILENT), 1)
+    if refused:
+        return next((at for at, asked in enumerate(queue) if asked.kind in _SILENT), 1)
+    return next((at for at, asked in enumerate(queue) if not asked.is_demand), 0)
 
 
 def _key(value: Any) -> Any:

@@ -309,6 +309,12 @@ def test_a_call_may_be_let_go_while_its_answer_is_on_the_way() -> None:
     assert violations([READY, PING, CALL, ANSWER, PONG, LET_GO]) == []
 
 
+def test_a_terminal_that_is_large_may_be_on_its_way_when_the_session_is_closed() -> None:
+    large = Received(complete(5, {}).message, 1, 5)
+    entries = [DEMAND, CLOSE, ok(6, None), Received(["part", 5, True, b"a"]), large]
+    assert violations([READY, *entries]) == []
+
+
 def append(history: History, data: st.DataObject) -> tuple[Rule, int]:
     rule, before, entries = APPENDED[data.draw(st.sampled_from(sorted(APPENDED)))]
     history += entries

@@ -1,0 +1,568 @@
+"""A real service over the wire, asked anything in any order: every answer is what a small model says, and every promise
+is kept as `history.py` judges it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from history import TERMINALS
+from recording import Recorder
+from support import count, framed
+
+TEXTS = st.sampled_from(["a", "bc", "ä€😀", ""])
+#: What is never the answer of a person, since it is none.
+ANSWERS = st.sampled_from(["yes", "no", "perhaps"])
+SEPARATOR = "+"
+LARGE = 150_000
+#: Sooner than anything that waits, later than nothing in particular.
+SHORT_MS = st.sampled_from([0, 1, 5])
+#: Which of the latest demands.
+PICKS = st.integers(0, 9)
+MAX_RUNNING, MAX_QUEUED = 6, 4
+#: The output port that is looked at, by node type.
+PORTS = {"text-input": "text", "human-input": "value", "merge": "merged", "t-turns": "out"}
+
+
+# ------------------------------------------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A part of a text that a person is yet to give."""
+
+    node: str
+
+
+#: A text in parts, other values that a node streams, or the code of an error.
+Parts = list[str | Answer]
+Outcome = Parts | tuple[Any, ...] | str
+
+
+@dataclass(slots=True)
+class Node:
+    """A node of the model, and the output port that is looked at."""
+
+    kind: str
+    data: dict[str, Any]
+
+    @property
+    def port(self) -> str:
+        return {"text-input": "text", "human-input": "value", "merge": "merged", "t-turns": "out"}.get(
+            self.kind, "output"
+        )
+
+
+@dataclass(slots=True)
+class Graph:
+    """The graph of a session, evaluated anew for every question."""
+
+    nodes: dict[str, Node] = field(default_factory=dict)
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: id → source, target; all of them lead to the `inputs` of a merge.
+    edges: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def of_kind(self, *kinds: str) -> list[str]:
+        return [name for name, node in self.nodes.items() if node.kind in kinds]
+
+    def outcome(self, name: str) -> Outcome:
+        """What a demand made now must come to."""
+        if name not in self.nodes:
+            return "unknown_node"
+        node = self.nodes[name]
+        values = node.data | self.inputs.get(name, {})
+        if node.kind == "t-raise":
+            return "node_failed"
+        if node.kind == "human-input":
+            return [values["user_response"]] if values.get("user_response") is not None else [Answer(name)]
+        if node.kind == "t-turns":
+            chunks = values["chunks"]
+            return ["".join(chunks)] if all(type(chunk) is str for chunk in chunks) else tuple(chunks)
+        if node.kind == "t-large":
+            return ["x" * values["size"]]
+        return self._merged(name) if node.kind == "merge" else [values.get("text", "")]
+
+    def _merged(self, name: str) -> Outcome:
+        sources = [self.outcome(source) for source, target in self.edges.values() if target == name]
+        if any(type(source) is str for source in sources):
+            return "node_failed"
+        parts: Parts = []
+        for source in sources:
+            assert type(source) is list
+            parts += [SEPARATOR, *source] if parts else source
+        return parts or [""]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "nodes": [{"id": name, "node_type": node.kind, "data": node.data} for name, node in self.nodes.items()],
+            "edges": [edge(id, *ends) for id, ends in self.edges.items()],
+        }
+
+
+def edge(id: str, source: str, target: str) -> dict[str, Any]:
+    return {"id": id, "source": source, "target": target, "target_handle": "inputs"}
+
+
+@dataclass(slots=True)
+class Asked:
+    """A demand, and what may come of it.
+
+    Attributes:
+        asked: number of answers that had been given before it.
+        codes: errors that it may end with, too.
+    """
+
+    id: int
+    node: str
+    port: str
+    outcome: Outcome
+    asked: int
+    codes: set[str]
+
+    def stuck(self, graph: Graph, answers: list[tuple[str, str]]) -> bool:
+        """It waits for a person who is gone."""
+        holes = [part.node for part in self.outcome if type(part) is Answer] if type(self.outcome) is list else []
+        given = {node for node, _ in answers[self.asked :]}
+        return any(node not in graph.nodes and node not in given for node in holes)
+
+    def fits(self, value: Any, answers: list[tuple[str, str]]) -> bool:
+        """Whether the value is the outcome, given those answers."""
+        if type(self.outcome) is tuple:
+            return bool(value == list(self.outcome))
+        later = answers[self.asked :]
+        choices = [
+            [text for node, text in later if node == part.node] if type(part) is Answer else [part]
+            for part in self.outcome
+        ]
+        return any("".join(texts) == value for texts in itertools.product(*map(dict.fromkeys, choices)))
+
+
+# ---------------------------------------------------------------------------------------------- the service
+
+
+class Hosts:
+    """The service process that runs share, one after the other; replaced when one has ended, or a run has failed."""
+
+    def __init__(self, nodes: Path) -> None:
+        self._nodes = nodes
+        self._host: Recorder | None = None
+        self.numbers = itertools.count(1)
+        self.runs = self.steps = 0
+
+    def take(self) -> Recorder:
+        """A service for one run; the last one, if it was given back."""
+        host, self._host = self._host, None
+        if host is None:
+            host = Recorder(nodes=self._nodes)
+            host.open("gates", ("let", "t-let", {"turns": {}}))
+        return host
+
+    def give_back(self, host: Recorder) -> None:
+        """It is well and nothing is open."""
+        self._host = host
+
+    def close(self) -> None:
+        if self._host is not None:
+            self._host.__exit__()
+
+
+class ServiceMachine(RuleBasedStateMachine):
+    """One run: a session with a graph that changes, and demands on it that wait for each other, people and gates."""
+
+    hosts: Hosts
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = self.hosts.take()
+        self.graph = Graph()
+        self.session = ""
+        self.demands: dict[int, Asked] = {}
+        #: Ids of all demands so far, of one that never was first.
+        self.made = [1]
+        #: What is to be made of the reply to a request.
+        self.replies: dict[int, Callable[[list[Any]], None]] = {}
+        self.answers: list[tuple[str, str]] = []
+        self.turns: dict[str, int] = {}
+        self.hosts.runs += 1
+        self._wrong = False
+        self._names = itertools.count(1)
+
+    @initialize(texts=st.lists(TEXTS, min_size=1, max_size=3))
+    def open(self, texts: list[str]) -> None:
+        """A new session with a graph of every kind."""
+        self.session = f"s{next(self.hosts.numbers)}"
+        self.graph, self.turns = Graph(), {}
+        for number, text in enumerate(texts):
+            self.graph.nodes[f"text{number}"] = Node("text-input", {"text": text})
+        for number in range(2):
+            self.graph.nodes[f"person{number}"] = Node("human-input", {})
+            self._add_turns(f"turns{number}", [*"streamed"] if number else [{"n": 1}, [2], None])
+            self.graph.nodes[f"merge{number}"] = Node("merge", {"separator": SEPARATOR})
+        self.graph.nodes["fails"] = Node("t-raise", {})
+        self.graph.nodes["large"] = Node("t-large", {"size": LARGE})
+        for target, sources in {"merge0": ["text0", "person0", "turns1"], "merge1": ["merge0", "person1"]}.items():
+            for source in sources:
+                self.graph.edges[f"{source}-{target}"] = (source, target)
+        self._ask("open", self.session, self.graph.to_json(), {"max_running": MAX_RUNNING, "max_queued": MAX_QUEUED})
+
+    def _add_turns(self, name: str, chunks: list[Any]) -> None:
+        key = f"{self.session}-{name}"
+        self.turns[key] = 0
+        self.graph.nodes[name] = Node("t-turns", {"key": key, "chunks": chunks})
+
+    # ---------------------------------------------------------------------------------------------- edits
+
+    def _edit(self, *operations: dict[str, Any]) -> None:
+        self._ask("edit", self.session, [*operations])
+
+    def _new_name(self) -> str:
+        return f"new{next(self._names)}"
+
+    @rule(data=st.data(), text=TEXTS)
+    def set_a_text(self, data: st.DataObject, text: str) -> None:
+        if names := self.graph.of_kind("text-input"):
+            self._set(data.draw(st.sampled_from(names)), "text", text)
+
+    @rule(data=st.data(), answer=ANSWERS)
+    def answer_as_a_person(self, data: st.DataObject, answer: str) -> None:
+        if names := self.graph.of_kind("human-input"):
+            self._give(data.draw(st.sampled_from(names)), answer)
+
+    def _give(self, name: str, answer: str) -> None:
+        self.answers.append((name, answer))
+        self._set(name, "user_response", answer)
+
+    def _set(self, name: str, port: str, value: Any) -> None:
+        self.graph.inputs.setdefault(name, {})[port] = value
+        self._edit({"op": "set_input", "node": name, "port": port, "value": value})
+
+    @rule(data=st.data())
+    def clear_an_input(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.graph.nodes)))
+        port = {"text-input": "text", "human-input": "user_response"}.get(self.graph.nodes[name].kind)
+        if port:
+            self.graph.inputs.get(name, {}).pop(port, None)
+            self._edit({"op": "clear_input", "node": name, "port": port})
+
+    @rule(text=TEXTS, data=st.data(), after=st.booleans())
+    def add_a_node(self, text: str, data: st.DataObject, after: bool) -> None:
+        """A text; or one that shows what another gives, and reads it."""
+        name = self._new_name()
+        if not after:
+            self.graph.nodes[name] = Node("text-input", {"text": text})
+            self._edit({"op": "add_node", "node": self.graph.to_json()["nodes"][-1]})
+            return
+        self.graph.nodes[name] = Node("merge", {"separator": SEPARATOR})
+        added = {"op": "add_node", "node": self.graph.to_json()["nodes"][-1]}
+        ends = (data.draw(st.sampled_from(self._mergeable(but=name))), name) if self._mergeable(but=name) else None
+        if ends is None:
+            self._edit(added)
+            return
+        self.graph.edges[f"{ends[0]}-{name}"] = ends
+        self._edit(added, {"op": "add_edge", "edge": edge(f"{ends[0]}-{name}", *ends)})
+
+    def _mergeable(self, but: str) -> list[str]:
+        found = self.graph.of_kind("text-input", "human-input", "merge", "t-raise")
+        return [name for name in found if name != but]
+
+    @rule(data=st.data())
+    def remove_a_node(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.graph.nodes)))
+        if len(self.graph.nodes) > 3:
+            del self.graph.nodes[name]
+            self.graph.inputs.pop(name, None)
+            self.graph.edges = {id: ends for id, ends in self.graph.edges.items() if name not in ends}
+            self._edit({"op": "remove_node", "node": name})
+
+    @rule(data=st.data())
+    def remove_an_edge(self, data: st.DataObject) -> None:
+        if self.graph.edges:
+            id = data.draw(st.sampled_from(sorted(self.graph.edges)))
+            del self.graph.edges[id]
+            self._edit({"op": "remove_edge", "edge": id})
+
+    @rule(data=st.data())
+    def invalidate(self, data: st.DataObject) -> None:
+        self._edit({"op": "invalidate", "node": data.draw(st.sampled_from(sorted(self.graph.nodes)))})
+
+    @rule(data=st.data(), text=TEXTS)
+    def edit_all_or_nothing(self, data: st.DataObject, text: str) -> None:
+        """The second operation cannot be applied, so the first must leave nothing behind."""
+        if names := self.graph.of_kind("text-input"):
+            first = {"op": "set_input", "node": data.draw(st.sampled_from(names)), "port": "text", "value": text + "!"}
+            self._ask("edit", self.session, [first, {"op": "invalidate", "node": "nowhere"}], code="unknown_node")
+
+    @rule(data=st.data())
+    def close_a_cycle(self, data: st.DataObject) -> None:
+        between = [ends for ends in self.graph.edges.values() if self.graph.nodes[ends[0]].kind == "merge"]
+        if between:
+            source, target = data.draw(st.sampled_from(between))
+            self._ask("edit", self.session, [{"op": "add_edge", "edge": edge("back", target, source)}], code="cycle")
+
+    # ------------------------------------------------------------------------------------------- demands
+
+    @rule(
+        data=st.data(),
+        credit=st.sampled_from([None, None, 0, 1, 2, 100]),
+        deadline_ms=st.sampled_from([None, None, 60_000]) | SHORT_MS,
+        events=st.booleans(),
+        coalesce_ms=st.sampled_from([0, 0, 1]),
+        priority=st.integers(-1, 1),
+    )
+    def demand(self, data: st.DataObject, deadline_ms: int | None, **options: Any) -> None:
+        name = data.draw(st.sampled_from([*sorted(self.graph.nodes), "nowhere"]))
+        id, node = self.host.new_id(), self.graph.nodes.get(name)
+        self.made.append(id)
+        codes = {"deadline_exceeded"} if deadline_ms is not None and deadline_ms < 1000 else set()
+        if len(self.demands) >= MAX_RUNNING + MAX_QUEUED:
+            codes.add("queue_full")
+        outcome = self.graph.outcome(name)
+        self.demands[id] = Asked(id, name, node.port if node else "", outcome, len(self.answers), codes)
+        if deadline_ms is not None:
+            options["deadline_ms"] = deadline_ms
+        if options["credit"] is None:
+            del options["credit"]
+        self.host.send(["demand", id, self.session, name, options])
+
+    @rule(pick=PICKS)
+    def cancel(self, pick: int) -> None:
+        id = self._picked(pick)
+        if id in self.demands:
+            self.demands[id].codes.add("cancelled")
+        self._ask("cancel", id)
+
+    @rule(pick=PICKS, n=st.integers(1, 3))
+    def grant(self, pick: int, n: int) -> None:
+        self.host.send(["credit", self._picked(pick), n])
+
+    def _picked(self, pick: int) -> int:
+        """One of the latest demands, ended or not: what hypothesis draws must not depend on when something ends."""
+        return self.made[-1 - pick % len(self.made)]
+
+    @rule(data=st.data(), n=st.integers(1, 8))
+    def let_some_pass(self, data: st.DataObject, n: int) -> None:
+        key = data.draw(st.sampled_from(sorted(self.turns)))
+        self.turns[key] = max(n, self.turns[key])
+        self._let(self.turns)
+
+    def _let(self, turns: dict[str, int]) -> None:
+        self.host.send(
+            [
+                "edit",
+                self.host.new_id(),
+                "gates",
+                [{"op": "set_input", "node": "let", "port": "turns", "value": turns}],
+            ],
+            ["demand", self.host.new_id(), "gates", "let", {}],
+        )
+
+    # Host nodes (`answer`, `answer_stream`), `demand_many` and kills of workers have their rules here once they are
+    # there: a rule that sends, what the model says of the outcome, and `Fact("worker_killed")` before a kill.
+
+    # ------------------------------------------------------------------------------------- other requests
+
+    @rule(data=st.data())
+    def get_output(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.graph.nodes)))
+        now = Asked(0, name, "", self.graph.outcome(name), len(self.answers), set())
+
+        def check(reply: list[Any]) -> None:
+            if reply[2]["status"] == "fresh":
+                assert type(now.outcome) is not str and now.fits(reply[2]["value"], []), (now, reply)
+            else:
+                assert reply[2] == {"status": "absent", "value": None}
+
+        self._ask("get_output", self.session, name, self.graph.nodes[name].port, check=check)
+
+    @rule()
+    def snapshot(self) -> None:
+        names, inputs = [*self.graph.nodes], {name: given.copy() for name, given in self.graph.inputs.items() if given}
+        edges = {id: ends for id, ends in self.graph.edges.items()}
+
+        def check(reply: list[Any]) -> None:
+            found = reply[2]
+            assert [node["id"] for node in found["graph"]["nodes"]] == names == [*found["states"]]
+            assert {e["id"]: (e["source"], e["target"]) for e in found["graph"]["edges"]} == edges
+            assert {name: given for name, given in found["inputs"].items() if given} == inputs
+
+        self._ask("snapshot", self.session, check=check)
+
+    @rule(kind=st.sampled_from(["ping", "health", "models"]))
+    def ask_how_it_is(self, kind: str) -> None:
+        self._ask(kind)
+
+    @rule(data=st.data())
+    def send_what_is_wrong(self, data: st.DataObject) -> None:
+        id = self.host.new_id()
+        wrong: list[list[Any]] = [
+            ["demand", id, self.session], ["demand", id, self.session, "text0", {"credit": -1}], ["ping"],
+            ["nothing", id], [id], ["cancel", id, 0], ["edit", id, self.session, [{"op": "odd"}]], ["credit", id, 0],
+            ["hello", id, {"protocol": [1, 1]}], ["open", id, self.session, {}], ["node_execute", id],
+            ["ping", 1 << 64], ["close", id, "nowhere"], ["credit", id + (1 << 40), 1],
+        ]  # fmt: skip
+        self.host.send(data.draw(st.sampled_from(wrong)))
+
+    @rule(payload=st.binary(max_size=5).map(lambda data: b"\xc1" + data) | st.just(b""))
+    def send_no_message(self, payload: bytes) -> None:
+        self.host.send_payload(payload)
+
+    @rule(pick=PICKS, kind=st.sampled_from(["ping", "demand"]))
+    def use_an_id_twice(self, pick: int, kind: str) -> None:
+        id = self._picked(pick)
+        if kind == "ping":
+            self.host.send(["ping", id])
+        elif self._answer_is_still_to_come(id):
+            self.host.send(["demand", id, self.session, "text0", {}])
+
+    def _answer_is_still_to_come(self, id: int) -> bool:
+        """It waits for a person; or else its end may be on its way, and the id be free again."""
+        asked = self.demands.get(id)
+        if asked is None or asked.codes or len(self.answers) > asked.asked:
+            return False
+        return any(type(part) is Answer for part in asked.outcome)
+
+    # ----------------------------------------------------------------------------------- hearing, and ends
+
+    def _ask(self, kind: str, *fields: Any, code: str | None = None, check: Any = None) -> None:
+        id = self.host.new_id()
+
+        def checked(reply: list[Any]) -> None:
+            assert (reply[2]["code"] if reply[0] == "error" else None) == code, (kind, fields, reply)
+            if check is not None:
+                check(reply)
+
+        self.replies[id] = checked
+        self.host.send([kind, id, *fields])
+
+    @rule()
+    def hear(self) -> None:
+        """All that has been sent before the reply to a ping."""
+        id = self.host.new_id()
+        self.host.send(["ping", id])
+        self._hear(lambda: not self.host.judge.is_open(id))
+
+    def _hear(self, enough: Callable[[], bool]) -> None:
+        self._wrong = True  # unless this goes well
+        while not enough():
+            message = self.host.receive()
+            if message[0] in TERMINALS:
+                self._judge(message)
+            elif message[0] in ("ok", "error") and message[1] in self.replies:
+                self.replies.pop(message[1])(message)
+        self._wrong = False
+
+    def _judge(self, message: list[Any]) -> None:
+        asked = self.demands.pop(message[3], None)
+        if asked is None:
+            return  # of a gate
+        if message[0] == "demand_error":
+            code = message[2]["code"]
+            assert code == asked.outcome or code in asked.codes, (asked, message)
+        else:
+            assert type(asked.outcome) is not str, (asked, message)
+            assert asked.fits(message[2][asked.port], self.answers), (asked, message, self.answers)
+
+    @rule(texts=st.lists(TEXTS, min_size=1, max_size=2))
+    def close_and_open_another(self, texts: list[str]) -> None:
+        self._close()
+        self.open(texts)
+
+    def _close(self) -> None:
+        for asked in self.demands.values():
+            asked.codes.add("cancelled")
+        self._ask("close", self.session)
+        self._hear(lambda: self.host.judge.settled)
+        assert not self.demands and not self.replies
+
+    @precondition(lambda self: len(self.made) > 3)
+    @rule(how=st.sampled_from(["drain", "too long", "end of input", "kill"]), chance=st.integers(0, 9))
+    def end_the_service(self, how: str, chance: int) -> None:
+        """Now and then; another takes its place."""
+        if chance < 9:
+            return
+        for asked in self.demands.values():
+            asked.codes.update(("cancelled", "deadline_exceeded"))
+        if how == "drain":
+            self._ask("drain", 0)
+            self._hear(lambda: self.host.judge.settled)
+            assert self.host.request("demand", self.session, "text0")[2]["code"] == "draining"
+        status = self._end(how)
+        assert self.host.wait() == status
+        self.host.__exit__()
+        self.demands.clear()
+        self.replies.clear()
+        self.host = self.hosts.take()
+        self.open(["a"])
+
+    def _end(self, how: str) -> int:
+        """End the service; returns the status that it must end with."""
+        if how == "kill":
+            self.host.process.kill()
+        elif how == "too long":
+            self.host.write(framed(b"")[:0] + b"\xff\xff\xff\xff")
+        else:
+            self.host.end()
+        self.host.hear_the_end()
+        return {"kill": -9, "too long": 65}.get(how, 0)
+
+    @invariant()
+    def nothing_is_broken(self) -> None:
+        self.hosts.steps += 1
+        assert not self.host.judge.found
+
+    def teardown(self) -> None:
+        """Let everything go on to its end: what nothing holds back any more must be completed."""
+        well = False
+        try:
+            if not self._wrong:
+                self._finish()
+                well = True
+        finally:
+            if well:
+                self.hosts.give_back(self.host)
+            else:
+                self.host.__exit__()
+
+    def _finish(self) -> None:
+        if not self.session:
+            return
+        for name in self.graph.of_kind("human-input"):
+            self._give(name, "at last")
+        for asked in self.demands.values():
+            self.host.send(["credit", asked.id, 1000])
+            if asked.stuck(self.graph, self.answers):
+                asked.codes.add("cancelled")
+                self._ask("cancel", asked.id)
+        self._let(dict.fromkeys(self.turns, 1000))
+        self._hear(lambda: self.host.judge.settled)
+        assert not self.demands and not self.replies
+        self._close()
+        self.host.verdict()
+        assert self.host.request("health")[2]["demands"]["open"] == 0
+
+
+def test_a_service_keeps_its_promises_whatever_it_is_asked(nodes: Path) -> None:
+    hosts = Hosts(nodes)
+    machine = type("Machine", (ServiceMachine,), {"hosts": hosts})
+    try:
+        run_state_machine_as_test(
+            machine,
+            settings=settings(max_examples=count(25, 10_000), stateful_step_count=count(40, 100)),
+        )
+    finally:
+        hosts.close()
+        print(f"{hosts.runs} runs, {hosts.steps} steps")
