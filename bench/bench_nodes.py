@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -19,6 +20,19 @@ def step(value: Any = 0) -> Any:
 def total(values: Annotated[Any, Port(type="any", multiple=True)]) -> Any:
     """The sum of all edges."""
     return sum(values)
+
+
+@node("bench-block")
+def block(seconds: float) -> str:
+    """Holds a thread."""
+    time.sleep(seconds)
+    return "done"
+
+
+@node("bench-bytes")
+def large(size: int) -> bytes:
+    """A value of that size."""
+    return bytes(size)
 
 
 @node("bench-flood")
