@@ -50,6 +50,7 @@ class InFlight:
         listed = [(name, "t-objects" if n % 2 else "t-flood", data) for n, name in enumerate(self._nodes)]
         host.open("s", *listed, max_running=number)
         self._node_of: dict[int, str] = {}
+        self._owed: list[int] = []
         self.keep_going = True
 
     def run(self, seconds: float) -> None:
@@ -68,7 +69,7 @@ class InFlight:
 
     def _hear(self, message: list[Any]) -> None:
         if message[0] == "node_stream":
-            self._host.send(["credit", message[3], 1])
+            self._owed.append(message[3])
         elif message[0] in TERMINALS:
             name = self._node_of.pop(message[3])
             outputs = {"items": [{"n": n, "padding": ""} for n in range(self.CHUNKS)]}
@@ -77,6 +78,9 @@ class InFlight:
             if self.keep_going:
                 self._host.send(["edit", self._host.new_id(), "s", [{"op": "invalidate", "node": name}]])
                 self._demand(name)
+        if len(self._owed) * 2 > len(self._node_of):  # not at once: what comes without credit shall be seen
+            self._host.send(*(["credit", id, 1] for id in self._owed))
+            self._owed.clear()
 
 
 def test_of_many_demands_in_flight_none_is_lost_doubled_or_reordered(host: Recorder) -> None:
