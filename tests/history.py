@@ -181,6 +181,8 @@ class Judge:
         self._drained = False
         self._kills = 0
         self._calls: dict[Any, Call] = {}
+        #: Codes of the errors that the client itself has answered.
+        self._host_codes: set[Any] = set()
         self._ended_calls: set[Any] = set()
         #: Entry of the latest message that the service has certainly read.
         self._read_up_to = -1
@@ -189,7 +191,8 @@ class Judge:
         self._parts: dict[int, int] = {}
         self._whole: dict[int, int] = {}
         self._done_parts: set[int] = set()
-        self._session_events: dict[Any, int] = {}
+        #: Number of the latest event, by session that is subscribed to.
+        self._subscribed: dict[Any, int] = {}
 
     # ------------------------------------------------------------------------------------- in and out
 
@@ -299,7 +302,7 @@ class Judge:
             demand.cancellable = True
         asked = self._sent_request(message)
         if asked is not None:
-            asked.ends = demands
+            asked.ends, asked.session = demands, _key(message[2]) if len(message) > 2 else None
 
     def _sent_drain(self, message: Message) -> None:
         self._drained = True
@@ -308,15 +311,25 @@ class Judge:
         self._sent_request(message)
 
     def _sent_answer(self, message: Message) -> None:
-        """An answer, or a chunk of one: it has no reply, but one that names no open call may get an error."""
-        if len(message) != (4 if message[0] == "answer" else 3):
+        """An answer, or a chunk of one: it has no reply, but an error with id 0 when there never was such a call."""
+        if len(message) not in ((4,) if message[0] == "answer" else (3, 4)):
             self._sent_request(message)
             return
-        call = self._calls.get(_key(message[1]))
-        if call is None or call.answered is not None:
+        id = _key(message[1])
+        call = self._calls.get(id)
+        if call is None and id not in self._ended_calls:
+            self._nameless.append(self._index)
+        elif call is None or call.answered is not None:
             self._may_be_nameless += 1
         elif message[0] == "answer":
             call.answered = self._index
+            if message[2] == "error" and type(message[3]) is dict:
+                self._host_codes.add(message[3].get("code"))
+
+    def _sent_of_session(self, message: Message) -> None:
+        asked = self._sent_request(message)
+        if asked is not None and len(message) > 2:
+            asked.session = _key(message[2])
 
     # ----------------------------------------------------------------------------- what was received
 
@@ -388,6 +401,10 @@ class Judge:
                 demand.closed = None if demand.ended else self._index
         elif asked.kind == "cancel" and kind == "ok" and value is True:
             self._judge_cancel(asked)
+        if asked.kind == "subscribe" and kind == "ok":
+            self._subscribed[asked.session] = -1  # it may begin anywhere
+        elif asked.kind in ("unsubscribe", "close") and kind == "ok":
+            self._subscribed.pop(asked.session, None)
         self._judge_code(asked, value if kind == "error" else None)
 
     def _judge_cancel(self, asked: Asked) -> None:
@@ -409,7 +426,7 @@ class Judge:
         asked = queue[0]
         if not asked.is_demand:
             self._break("wrong_reply", f"{asked} was answered by {kind}")
-        elif asked.kind == "demand" and node != asked.node:
+        elif node != asked.node:
             self._break("node", f"{asked} is of {asked.node!r}, and its terminal of {node!r}")
         self._answer(queue, 0)
         if asked.closed is not None and not self._in_parts:
@@ -430,6 +447,8 @@ class Judge:
 
     def _judge_code(self, asked: Asked, error: dict[str, Any] | None) -> None:
         code = error and error["code"]
+        if code in self._host_codes:
+            return  # it is the client's own
         if code == "cancelled" and not asked.cancellable:
             self._break("cancelled", f"nobody cancelled {asked}")
         elif code == "deadline_exceeded" and not asked.expires and asked.is_demand:
@@ -500,10 +519,12 @@ class Judge:
         asked.last_event = event["seq"]
 
     def _session_event(self, session: Any, event: dict[str, Any]) -> None:
-        last = self._session_events.get(session, -1)
-        if event["seq"] <= last:
+        last = self._subscribed.get(session)
+        if last is None:
+            self._break("event", f"nobody subscribed to the session {session!r}")
+        elif event["seq"] <= last:
             self._break("event", f"event {event['seq']} of the session {session!r} came after event {last}")
-        self._session_events[session] = event["seq"]
+        self._subscribed[session] = event["seq"]
 
     def _execute(self, message: Message) -> None:
         id = _key(message[1])
@@ -618,6 +639,8 @@ _SENT: dict[str, Callable[[Judge, Message], None]] = {
     "credit": Judge._sent_credit,
     "cancel": Judge._sent_cancel,
     "close": Judge._sent_close,
+    "subscribe": Judge._sent_of_session,
+    "unsubscribe": Judge._sent_of_session,
     "drain": Judge._sent_drain,
     "answer": Judge._sent_answer,
     "answer_stream": Judge._sent_answer,

@@ -88,7 +88,8 @@ def test_of_many_demands_in_flight_none_is_lost_doubled_or_reordered(host: Recor
     flight.run(count(1, 600))
     host.verdict()
     print(f"{flight.ended} demands")
-    assert host.request("health")[2]["demands"] == {"open": 0, "running": 0, "queued": 0, "ended": flight.ended}
+    demands = host.request("health")[2]["demands"]
+    assert (demands["open"], demands["ended"]) == (0, flight.ended)
 
 
 # -------------------------------------------------------------------------------------------------- kills

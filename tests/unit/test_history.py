@@ -126,7 +126,7 @@ def others(id: int) -> st.SearchStrategy[History]:
                 Sent(["demand_many", id, "s", ["a", "b"], {"credit": 2}]),
                 chunk(id, 0, "a"),
                 chunk(id, 1, "b"),
-                Received(["demand_complete", None, many, id, {}]),
+                Received(["demand_complete", ["a", "b"], many, id, {}]),
             ],
         ]
     )
@@ -165,6 +165,7 @@ DEMAND, CLOSE, CANCEL = Sent(["demand", 5, "s", "a"]), Sent(["close", 6, "s"]), 
 PING, PONG, CANCELLED = Sent(["ping", 7]), Received(["ok", 7, "pong"]), failed(5, "cancelled")
 CALL, ANSWER = Received(["node_execute", 5, "s", "a", "tool", {}, {}]), Sent(["answer", 5, "ok", {}])
 LET_GO, LOG = Received(["node_cancel", 5]), Received(["log", "info", "a", "b", {}])
+SUBSCRIBE = Sent(["subscribe", 6, "s", {}])
 MANY = [{"node": "a", "status": "ok", "outputs": {"text": "ab"}}]
 
 
@@ -174,6 +175,10 @@ def credited(n: int) -> Sent:
 
 def ok(id: int, value: Any) -> Received:
     return Received(["ok", id, value])
+
+
+def edited(seq: int) -> Received:
+    return Received(["node_event", "s", {"event": "edited", "seq": seq}])
 
 
 #: What breaks a promise after any history: the rule, how many entries before the last it is seen, and the entries.
@@ -187,6 +192,7 @@ APPENDED: dict[str, tuple[Rule, int, History]] = {
         1,
         [Sent(["credit", 7, "x"]), LOG],
     ),
+    "an answer to a call that never was": ("unanswered", 0, [ANSWER]),
     "a call is left open": ("unanswered", 1, [CALL, Sent(["answer_stream", 5, "a"])]),
     "a reply comes twice": ("after_end", 0, [PING, PONG, PONG]),
     "a refusal comes twice": ("after_end", 0, [DEMAND, failed(5, "queue_full"), failed(5, "queue_full")]),
@@ -205,7 +211,7 @@ APPENDED: dict[str, tuple[Rule, int, History]] = {
         [
             Sent(["demand_many", 5, "s", ["a"], {}]),
             chunk(5, 0, "a"),
-            Received(["demand_complete", None, MANY, 5, {}]),
+            Received(["demand_complete", ["a"], MANY, 5, {}]),
         ],
     ),
     "text is lost at the end": ("text", 0, [DEMAND, chunk(5, 0, "a"), complete(5, {"text": "ab"})]),
@@ -254,11 +260,14 @@ APPENDED: dict[str, tuple[Rule, int, History]] = {
         1,
         [Sent(["demand", 5, "s", "a", {"events": True}]), event(5, 1), event(5, 1), complete(5, {})],
     ),
-    "an event of a session twice": (
+    "an event of a session twice": ("event", 0, [SUBSCRIBE, ok(6, {}), edited(1), edited(2), edited(2)]),
+    "an event before the subscription": ("event", 1, [SUBSCRIBE, edited(1), ok(6, {})]),
+    "an event after the subscription": (
         "event",
         0,
-        [Received(["node_event", "s", {"event": "edited", "seq": seq}]) for seq in (1, 2, 2)],
+        [SUBSCRIBE, ok(6, {}), edited(1), Sent(["unsubscribe", 6, "s"]), ok(6, True), edited(2)],
     ),
+    "an event of a session that is closed": ("event", 0, [SUBSCRIBE, ok(6, {}), CLOSE, ok(6, None), edited(1)]),
     "a large message comes whole": ("part", 0, [PING, Received(["ok", 7, "pong"], PART_BYTES + 1)]),
     "a part after the last": (
         "part",
@@ -307,6 +316,16 @@ FORMLESS: list[Any] = [
 
 def test_a_call_may_be_let_go_while_its_answer_is_on_the_way() -> None:
     assert violations([READY, PING, CALL, ANSWER, PONG, LET_GO]) == []
+
+
+def test_a_subscription_may_begin_anew_at_any_number() -> None:
+    again = [SUBSCRIBE, ok(6, {}), edited(7), edited(9), SUBSCRIBE, edited(10), ok(6, {}), edited(2)]
+    assert violations([READY, *again]) == []
+
+
+def test_an_error_that_the_client_answered_comes_back() -> None:
+    answer = Sent(["answer", 5, "error", error("deadline_exceeded")])
+    assert violations([READY, DEMAND, CALL, answer, failed(5, "deadline_exceeded")]) == []
 
 
 def test_a_terminal_that_is_large_may_be_on_its_way_when_the_session_is_closed() -> None:
