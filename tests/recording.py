@@ -49,6 +49,15 @@ class Recorder(ServiceProcess):
         told = message[0] in TOLD_OF_THE_END
         self.record(Fact("ended") if told else Received(message, size, number))
 
+    def receive(self, timeout_s: float = TIMEOUT_S, *, logs: bool = False) -> list[Any]:
+        try:
+            return super().receive(timeout_s, logs=logs)
+        except Ended:
+            raise Ended(f"its exit status is {self.wait()}; it said:\n{self.stderr()}\n{self.shown()}") from None
+        except TimeoutError as failed:
+            waiting = "\n".join(map(str, self.judge.waiting))
+            raise TimeoutError(f"{failed}; these are open:\n{waiting}\n{self.shown()}") from None
+
     def hear_until(self, condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> list[list[Any]]:
         """Receive until a condition of the judge's holds; returns the messages."""
         found = []

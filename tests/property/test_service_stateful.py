@@ -45,7 +45,17 @@ OPTIONS = st.fixed_dictionaries(
 #: Which of the latest demands.
 PICKS = st.integers(0, 4)
 MAX_RUNNING, MAX_QUEUED = 6, 4
+#: The node type that the host runs.
+HOSTED = "run-by-the-host"
 #: The output port that is looked at, by node type.
+MANY_OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "limit": st.integers(1, 3),
+        "deadline_ms": st.sampled_from([1, FAR_MS, FAR_MS]),
+        "events": st.booleans(),
+    },
+)
 PORTS = {"text-input": "text", "human-input": "value", "merge": "merged", "t-turns": "out"}
 
 
@@ -103,6 +113,8 @@ class Graph:
         if node.kind == "t-turns":
             chunks = values["chunks"]
             return ["".join(chunks)] if all(type(chunk) is str for chunk in chunks) else tuple(chunks)
+        if node.kind == HOSTED:
+            return ["".join(answer_of(name))]
         if node.kind == "t-large":
             return ["x" * values["size"]]
         return self._merged(name) if node.kind == "merge" else [values.get("text", "")]
@@ -122,6 +134,11 @@ class Graph:
             "nodes": [{"id": name, "node_type": node.kind, "data": node.data} for name, node in self.nodes.items()],
             "edges": [edge(id, *ends) for id, ends in self.edges.items()],
         }
+
+
+def answer_of(name: str) -> list[str]:
+    """What the host answers for a node that it runs, in chunks."""
+    return ["from ", "the host: ", name]
 
 
 def edge(id: str, source: str, target: str) -> dict[str, Any]:
@@ -160,6 +177,31 @@ class Asked:
             for part in self.outcome
         ]
         return any("".join(texts) == value for texts in itertools.product(*map(dict.fromkeys, choices)))
+
+
+@dataclass(slots=True)
+class Many:
+    """A demand of several nodes: each of them, whether they all run to their end, and how it may fail as a whole."""
+
+    each: list[Asked]
+    all: bool
+    codes: set[str]
+
+    def judge(self, message: list[Any], answers: list[tuple[str, str]]) -> None:
+        """Fail unless its terminal is one that it may have."""
+        if message[0] == "demand_error":
+            failed = {asked.outcome for asked in self.each if type(asked.outcome) is str}
+            assert message[2]["code"] in self.codes | failed, (self, message)
+            return
+        assert [outcome["node"] for outcome in message[2]] == [asked.node for asked in self.each]
+        for asked, outcome in zip(self.each, message[2], strict=True):
+            if outcome["status"] == "ok":
+                assert asked.fits(outcome["outputs"][asked.port], answers), (asked, outcome)
+            elif outcome["status"] == "error":
+                code = outcome["error"]["code"]
+                assert code == asked.outcome or code in asked.codes, (asked, outcome)
+            else:
+                assert not self.all and outcome["status"] in ("cancelled", "not_started"), (asked, outcome)
 
 
 # ---------------------------------------------------------------------------------------------- the service
@@ -206,7 +248,11 @@ class ServiceMachine(RuleBasedStateMachine):
         self.made = [1]
         #: What is to be made of the reply to a request.
         self.replies: dict[int, Callable[[list[Any]], None]] = {}
+        self.many: dict[int, Many] = {}
         self.answers: list[tuple[str, str]] = []
+        #: Open calls to the host: their nodes, and how many chunks were answered. Those that are over.
+        self.calls: dict[int, tuple[str, int]] = {}
+        self.over: list[int] = []
         self.turns: dict[str, int] = {}
         self.hosts.runs += 1
         self._wrong = False
@@ -228,7 +274,16 @@ class ServiceMachine(RuleBasedStateMachine):
         for target, sources in {"merge0": ["text0", "person0", "turns1"], "merge1": ["merge0", "person1"]}.items():
             for source in sources:
                 self.graph.edges[f"{source}-{target}"] = (source, target)
-        self._ask("open", self.session, self.graph.to_json(), {"max_running": MAX_RUNNING, "max_queued": MAX_QUEUED})
+        options: dict[str, Any] = {"max_running": MAX_RUNNING, "max_queued": MAX_QUEUED}
+        if self._offers("host_nodes"):
+            options["host_types"] = [HOSTED]
+            self.graph.nodes["hosted"] = Node(HOSTED, {})
+            self.graph.edges["hosted-merge1"] = ("hosted", "merge1")
+        self._ask("open", self.session, self.graph.to_json(), options)
+
+    def _offers(self, feature: str) -> bool:
+        assert self.host.ready
+        return feature in self.host.ready[1]["features"]
 
     def _add_turns(self, name: str, chunks: list[Any]) -> None:
         key = f"{self.session}-{name}"
@@ -291,7 +346,7 @@ class ServiceMachine(RuleBasedStateMachine):
         self._edit(added, {"op": "add_edge", "edge": edge(f"{ends[0]}-{name}", *ends)})
 
     def _mergeable(self, but: str) -> list[str]:
-        found = self.graph.of_kind("text-input", "human-input", "merge", "t-raise")
+        found = self.graph.of_kind("text-input", "human-input", "merge", "t-raise", HOSTED)
         return [name for name in found if name != but]
 
     def _remove_a_node(self, data: st.DataObject) -> None:
@@ -343,25 +398,81 @@ class ServiceMachine(RuleBasedStateMachine):
                 self.hear()
 
     def _demand(self, name: str, options: dict[str, Any]) -> None:
-        id, node = self.host.new_id(), self.graph.nodes.get(name)
+        id = self.host.new_id()
         self.made.append(id)
         codes = {"deadline_exceeded"} if options.get("deadline_ms", FAR_MS) < FAR_MS else set()
-        if len(self.demands) >= MAX_RUNNING + MAX_QUEUED:
+        if self._crowded():
             codes.add("queue_full")
-        outcome = self.graph.outcome(name)
-        self.demands[id] = Asked(id, name, node.port if node else "", outcome, len(self.answers), codes)
+        self.demands[id] = self._asked(id, name, codes)
         self.host.send(["demand", id, self.session, name, options])
+
+    def _crowded(self) -> bool:
+        """There may be as many demands as can be."""
+        return len(self.demands) + sum(len(many.each) for many in self.many.values()) >= MAX_RUNNING + MAX_QUEUED
+
+    def _asked(self, id: int, name: str, codes: set[str]) -> Asked:
+        node = self.graph.nodes.get(name)
+        return Asked(id, name, node.port if node else "", self.graph.outcome(name), len(self.answers), codes)
+
+    @precondition(lambda self: self._offers("demand_many"))
+    @rule(data=st.data(), mode=st.sampled_from(["all", "try", "race"]), options=MANY_OPTIONS)
+    def demand_many(self, data: st.DataObject, mode: str, options: dict[str, Any]) -> None:
+        names = data.draw(st.lists(st.sampled_from(sorted(self.graph.nodes)), min_size=1, max_size=4, unique=True))
+        id = self.host.new_id()
+        self.made.append(id)
+        codes = {"queue_full"} | ({"deadline_exceeded"} if options.get("deadline_ms", FAR_MS) < FAR_MS else set())
+        self.many[id] = Many([self._asked(id, name, codes) for name in names], mode == "all", codes)
+        self.host.send(["demand_many", id, self.session, names, {"mode": mode, **options}])
+
+    @rule(pick=PICKS, how=st.sampled_from(["chunk", "ok", "ok", "error", "late"]))
+    def answer_a_call(self, pick: int, how: str) -> None:
+        """As the host that runs a node. Which calls are open depends on what was heard, so nothing is drawn here."""
+        if how == "late" and self.over:
+            self.host.send(["answer", self.over[pick % len(self.over)], "ok", {"output": "late"}])
+        elif self.calls:
+            self._answer_call(sorted(self.calls)[pick % len(self.calls)], how)
+
+    def _answer_call(self, id: int, how: str) -> None:
+        name, chunks = self.calls[id]
+        rest = answer_of(name)[chunks:]
+        if how == "chunk" and rest:
+            self.host.send(["answer_stream", id, rest[0]])
+            self.calls[id] = name, chunks + 1
+            return
+        del self.calls[id]
+        self.over.append(id)
+        if how == "error":
+            for asked in [*self.demands.values(), *self.many.values()]:
+                asked.codes.add("too_large")
+            self.host.send(["answer", id, "error", {"code": "too_large", "message": "so it is"}])
+        elif chunks:
+            self.host.send(*(["answer_stream", id, chunk] for chunk in rest), ["answer", id, "ok", {}])
+        else:
+            self.host.send(["answer", id, "ok", {"output": "".join(rest)}])
+
+    @precondition(lambda self: self._offers("subscribe"))
+    @rule(since=st.none() | st.integers(0, 20), on=st.booleans())
+    def subscribe(self, since: int | None, on: bool) -> None:
+        if on:
+            self._ask("subscribe", self.session, {} if since is None else {"since": since})
+        else:
+            self._ask("unsubscribe", self.session)
 
     @rule(pick=PICKS)
     def cancel(self, pick: int) -> None:
         id = self._picked(pick)
-        if id in self.demands:
-            self.demands[id].codes.add("cancelled")
+        self._may_end(id, "cancelled")
         self._ask("cancel", id)
 
     @rule(pick=PICKS, n=st.integers(1, 3))
     def grant(self, pick: int, n: int) -> None:
         self.host.send(["credit", self._picked(pick), n])
+
+    def _may_end(self, id: int, code: str) -> None:
+        """A demand may end with this code from now on."""
+        for asked in (self.demands.get(id), self.many.get(id)):
+            if asked is not None:
+                asked.codes.add(code)
 
     def _picked(self, pick: int) -> int:
         """One of the latest demands, ended or not: what hypothesis draws must not depend on when something ends."""
@@ -379,8 +490,8 @@ class ServiceMachine(RuleBasedStateMachine):
         self._ask("edit", "gates", [given])
         self.host.send(["demand", self.host.new_id(), "gates", "let", {}])
 
-    # Host nodes (`answer`, `answer_stream`), `demand_many` and kills of workers have their rules here once they are
-    # there: a rule that sends, what the model says of the outcome, and `Fact("worker_killed")` before a kill.
+    # Kills of workers have their rule here: `Fact("worker_killed")` is recorded before, and `worker_crash` becomes one
+    # of the codes that demands on that worker's nodes may end with.
 
     # ------------------------------------------------------------------------------------- other requests
 
@@ -472,9 +583,16 @@ class ServiceMachine(RuleBasedStateMachine):
                 self._judge(message)
             elif message[0] in ("ok", "error") and message[1] in self.replies:
                 self.replies.pop(message[1])(message)
+            elif message[0] == "node_execute":
+                self.calls[message[1]] = message[3], 0
+            elif message[0] == "node_cancel" and self.calls.pop(message[1], None):
+                self.over.append(message[1])
         self._wrong = False
 
     def _judge(self, message: list[Any]) -> None:
+        if message[3] in self.many:
+            self.many.pop(message[3]).judge(message, self.answers)
+            return
         asked = self.demands.pop(message[3], None)
         if asked is None:
             return  # of a gate
@@ -491,11 +609,13 @@ class ServiceMachine(RuleBasedStateMachine):
         self.open(texts)
 
     def _close(self) -> None:
-        for asked in self.demands.values():
-            asked.codes.add("cancelled")
+        for id in [*self.demands, *self.many]:
+            self._may_end(id, "cancelled")
         self._ask("close", self.session)
         self._hear(lambda: self.host.judge.settled)
-        assert not self.demands and not self.replies
+        while self.calls:  # a call is let go once its node has unwound, which may be after the reply to `close`
+            self.hear()
+        assert not self.demands and not self.many and not self.replies
 
     @precondition(lambda self: len(self.made) > 3)
     @rule(how=st.sampled_from(["drain", "too long", "end of input", "kill"]), chance=st.integers(0, 9))
@@ -503,8 +623,9 @@ class ServiceMachine(RuleBasedStateMachine):
         """Now and then; another takes its place."""
         if chance < 9:
             return
-        for asked in self.demands.values():
-            asked.codes.update(("cancelled", "deadline_exceeded"))
+        for id in [*self.demands, *self.many]:
+            self._may_end(id, "cancelled")
+            self._may_end(id, "deadline_exceeded")
         if how == "drain":
             self._ask("drain", 0)
             self._hear(lambda: self.host.judge.settled)
@@ -512,8 +633,8 @@ class ServiceMachine(RuleBasedStateMachine):
         status = self._end(how)
         assert self.host.wait() == status
         self.host.__exit__()
-        self.demands.clear()
-        self.replies.clear()
+        for open_ones in (self.demands, self.many, self.replies, self.calls, self.over):
+            open_ones.clear()
         self.host = self.hosts.take()
         self.open(["a"])
 
@@ -556,9 +677,16 @@ class ServiceMachine(RuleBasedStateMachine):
             if asked.stuck(self.graph, self.answers):
                 asked.codes.add("cancelled")
                 self._ask("cancel", asked.id)
+        for id, many in self.many.items():
+            if any(asked.stuck(self.graph, self.answers) for asked in many.each):
+                many.codes.add("cancelled")
+                self._ask("cancel", id)
         self._let(dict.fromkeys(self.turns, 1000))
-        self._hear(lambda: self.host.judge.settled)
-        assert not self.demands and not self.replies
+        while not self.host.judge.settled:
+            for id in [*self.calls]:
+                self._answer_call(id, "ok")
+            self._hear(lambda: bool(self.calls) or self.host.judge.settled)
+        assert not self.demands and not self.many and not self.replies
         self._close()
         self.host.verdict()
         assert self.host.request("health")[2]["demands"]["open"] == 0
