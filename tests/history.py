@@ -178,6 +178,8 @@ class Judge:
         #: Errors with id 0 that must come (numbers of the entries that ask for them), and that may come.
         self._nameless: list[int] = []
         self._may_be_nameless = 0
+        #: Messages without an id of their own whose answer seems to have been an error with id 0.
+        self._by_0: set[int] = set()
         self._drained = False
         self._kills = 0
         self._calls: dict[Any, Call] = {}
@@ -384,6 +386,10 @@ class Judge:
             self._nameless_error()
             return
         queue = self._open.get(id)
+        if not queue and kind == "error" and id in self._by_0 and self._may_be_nameless:
+            self._by_0.discard(id)  # what was taken for its answer was that of one that may have an error with id 0
+            self._may_be_nameless -= 1
+            return
         if not queue:
             self._nobody_asked(id, f"{kind} {id}")
             return
@@ -467,8 +473,14 @@ class Judge:
             del self._open[asked.id]
 
     def _nameless_error(self) -> None:
+        # A message that has no id of its own may be answered by the id that it names, or by 0.
+        silent = next((asked for asked in self.waiting if asked.kind in _SILENT), None) if not self._nameless else None
         if self._nameless:
             self._read_up_to = max(self._read_up_to, self._nameless.pop(0))
+        elif silent is not None:
+            queue = self._open[silent.id]
+            self._answer(queue, queue.index(silent))
+            self._by_0.add(silent.id)
         elif self._may_be_nameless:
             self._may_be_nameless -= 1
         else:

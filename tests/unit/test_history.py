@@ -75,6 +75,7 @@ def requests(id: int) -> st.SearchStrategy[History]:
             [Sent(None), Received(["error", 0, error("bad_frame")])],
             [Sent(["credit", id, 1]), Received(["error", 0, error("bad_message")])],
             [Sent(["credit", id, "x"]), Received(["error", id, error("bad_message")])],
+            [Sent(["credit", id, "x"]), Received(["error", 0, error("bad_message")])],
             [Received(["log", "info", "a", "b", {}])],
         ]
     )
