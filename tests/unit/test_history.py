@@ -75,7 +75,6 @@ def requests(id: int) -> st.SearchStrategy[History]:
             [Sent(None), Received(["error", 0, error("bad_frame")])],
             [Sent(["credit", id, 1]), Received(["error", 0, error("bad_message")])],
             [Sent(["credit", id, "x"]), Received(["error", id, error("bad_message")])],
-            [Sent(["credit", id, "x"]), Received(["error", 0, error("bad_message")])],
             [Received(["log", "info", "a", "b", {}])],
         ]
     )
@@ -322,6 +321,16 @@ def test_a_call_may_be_let_go_while_its_answer_is_on_the_way() -> None:
 def test_a_subscription_may_begin_anew_at_any_number() -> None:
     again = [SUBSCRIBE, ok(6, {}), edited(7), edited(9), SUBSCRIBE, edited(10), ok(6, {}), edited(2)]
     assert violations([READY, *again]) == []
+
+
+@pytest.mark.parametrize("id", [0, 5])
+def test_a_message_that_is_no_request_is_refused_by_0_or_by_what_it_names(id: int) -> None:
+    refused = Received(["error", id, error("bad_message")])
+    assert violations([READY, Sent(["credit", 5, "x"]), refused]) == []
+    assert [v.rule for v in violations([READY, Sent(["credit", 5, "x"]), refused, refused])] in (
+        ["after_end"],
+        ["unasked"],
+    )
 
 
 def test_an_error_that_the_client_answered_comes_back() -> None:
