@@ -22,6 +22,19 @@ def total(values: Annotated[Any, Port(type="any", multiple=True)]) -> Any:
     return sum(values)
 
 
+@node("bench-block")
+def block(seconds: float) -> str:
+    """Holds a thread."""
+    time.sleep(seconds)
+    return "done"
+
+
+@node("bench-bytes")
+def large(size: int) -> bytes:
+    """A value of that size."""
+    return bytes(size)
+
+
 @node("bench-flood")
 async def flood(count: int = 1000) -> AsyncIterator[int]:
     """Streams small integers as fast as they are taken."""

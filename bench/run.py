@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import beam
+import latency
 import random_model
 from beam import BENCH, SOURCE
 from table import Table
 
+PARTS = ["demands", "stream", "engine", "start", "latency", "tokens"]
 # With this seed the packaged model tells a story of 451 tokens, most of what its context of 512 holds.
 PROMPT, TEMPERATURE, SEED = "Tell a story about a lighthouse.", 0.7, 11
 
@@ -32,13 +34,8 @@ class Bench:
 
     def __init__(self, folder: Path, quick: bool) -> None:
         self.folder, self.quick = folder, quick
-        self.table = Table("what", "demandport", "against", "ratio", "target")
-        site = folder / "site"
-        info = site / "bench_nodes-0.dist-info"
-        info.mkdir(parents=True)
-        (site / "bench_nodes.py").symlink_to(BENCH / "bench_nodes.py")
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bench-nodes\nVersion: 0\n")
-        (info / "entry_points.txt").write_text("[demandport.nodes]\nbench = bench_nodes\n")
+        self.table = Table(*latency.HEAD)
+        self.site = site = latency.make_site(folder)
         self.plain = {**os.environ, "PYTHONPATH": str(SOURCE)}
         self.env = {**beam.environment(), "BARE": str(BENCH / "bare_loop.py"), "PYTHONPATH": f"{SOURCE}:{site}"}
         self.elixir = beam.compiled(folder)
@@ -134,6 +131,10 @@ class Bench:
         rss = statistics.median(memory)
         self.table.add("memory of an idle service", f"{rss:.1f} MiB", "", "", "<= 40 MiB", passed=rss <= 40)
 
+    def latency(self) -> None:
+        """Pings and small demands while something large goes on; what a demand costs among many."""
+        latency.measure(self.table, self.site, self.quick)
+
     def tokens(self) -> None:
         """Tokens per second through port and client, against llama.cpp's calls in one loop."""
         model = self.folder / "random.gguf"
@@ -197,11 +198,11 @@ def _least(target: float | None) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
-    parser.add_argument("--only", choices=["demands", "stream", "engine", "start", "tokens"], help="one part")
+    parser.add_argument("--only", choices=PARTS, help="one part")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="demandport-bench-") as folder:
         bench = Bench(Path(folder), arguments.quick)
-        for part in [arguments.only] if arguments.only else ["demands", "stream", "engine", "start", "tokens"]:
+        for part in [arguments.only] if arguments.only else PARTS:
             getattr(bench, part)()
     bench.table.show()
     return 1 if bench.table.missed else 0

@@ -73,6 +73,28 @@ async def flood(count: int, chunk: str = "x"):
     for _ in range(count):
         yield chunk
 
+@node("t-turns", outputs={"out": "any"})
+async def turns(key: str, chunks: list[Any] = []):
+    gate = TURNS.setdefault(key, Turns())
+    for number, chunk in enumerate(chunks):
+        while number >= gate.let:
+            await gate.changed.wait()
+        yield chunk
+
+@node("t-let", runs="inline")
+def let(turns: dict[str, int]) -> bool:
+    for key, count in turns.items():
+        gate = TURNS.setdefault(key, Turns())
+        gate.let, changed, gate.changed = count, gate.changed, asyncio.Event()
+        changed.set()
+    return True
+
+class Turns:  # how many chunks the nodes with one key may stream
+    def __init__(self):
+        self.let, self.changed = 0, asyncio.Event()
+
+TURNS = {}
+
 @node("t-exit")
 def leave(code: int = 3) -> str:
     sys.exit(code)
@@ -281,16 +303,23 @@ class ServiceProcess:
     def receive(self, timeout_s: float = TIMEOUT_S, *, logs: bool = False) -> list[Any]:
         """The next message, put together from its parts."""
         while True:
-            message = self.codec.decode(self.payload(timeout_s))
+            payload = self.payload(timeout_s)
+            message = self.codec.decode(payload)
+            self.heard(message, len(payload))
             if message[0] == "part":
                 _, number, last, piece = message
                 self.part_numbers.append(number)
                 self.parts.setdefault(number, bytearray()).extend(piece)
                 if not last:
                     continue
-                message = self.codec.decode(bytes(self.parts.pop(number)))
+                whole = bytes(self.parts.pop(number))
+                message = self.codec.decode(whole)
+                self.heard(message, len(whole), number)
             if message[0] != "log" or logs:
                 return message
+
+    def heard(self, message: list[Any], size: int, number: int | None = None) -> None:
+        """For whoever records: a message came, parts and those put together from `number` included."""
 
     def until(self, wanted: Callable[[list[Any]], bool], timeout_s: float = TIMEOUT_S) -> list[list[Any]]:
         """Messages up to the first that is wanted, that one included."""

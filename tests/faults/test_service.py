@@ -361,7 +361,7 @@ def test_a_blocking_node_does_not_delay_a_ping(shared: ServiceProcess, tmp_path:
 
 def test_streamed_text_equals_whole(shared: ServiceProcess) -> None:
     rng = random.Random(3)
-    for number in range(50):
+    for number in range(count(50, 100_000)):
         chars = [chr(c) for c in (rng.randrange(0x110000) for _ in range(300)) if not 0xD800 <= c < 0xE000]
         chunks = ["".join(chars[at : at + 7]) for at in range(0, len(chars), 7)]
         shared.open(f"u{number}", ("a", "t-chunks", {"chunks": chunks}))
@@ -369,6 +369,7 @@ def test_streamed_text_equals_whole(shared: ServiceProcess) -> None:
         shared.send(["demand", id, f"u{number}", "a"])
         *streamed, end = shared.until(is_terminal(id))
         assert "".join(m[2] for m in streamed) == end[2]["text"] == "".join(chars)
+        assert shared.request("close", f"u{number}")[0] == "ok"
 
 
 def test_a_killed_model_worker_is_a_crash_of_its_demand_alone(nodes: Path, tmp_path: Path) -> None:

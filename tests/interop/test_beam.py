@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
+from history import Fact
+from recording import Recorder
 from support import END_S, LIBRARY, Gate, ServiceProcess, count, family, framed, gone, lives, settle
 
 pytestmark = pytest.mark.skipif(not shutil.which("elixir"), reason="Elixir is not installed")
@@ -22,9 +24,9 @@ RELAY = ["elixir", "--erl", f"-noinput {CALM}", str(Path(__file__).with_name("re
 ENDLESS = 1 << 40
 
 
-def beam(*arguments: str, **options: Any) -> ServiceProcess:
-    """A BEAM with the service as its port. Its `pid` is that of the BEAM."""
-    return ServiceProcess(*arguments, through=RELAY, **options)
+def beam(*arguments: str, **options: Any) -> Recorder:
+    """A BEAM with the service as its port, whose history is judged. Its `pid` is that of the BEAM."""
+    return Recorder(*arguments, through=RELAY, **options)
 
 
 def service_of(host: ServiceProcess) -> psutil.Process:
@@ -42,7 +44,7 @@ def is_end(message: list[Any]) -> bool:
 def test_nothing_is_left_after_a_kill(victim: str, when: str, nodes: Path, tmp_path: Path) -> None:
     # In load and prompt the worker hangs in C and hears nothing, so the moment is certain and is the worst there is.
     stall = {"load": "llama_model_load_from_file:1", "prompt": "llama_decode:1"}.get(when, "")
-    for number in range(count(1, 25)):
+    for number in range(count(1, 50)):
         (tmp_path / str(number)).mkdir()
         gate = Gate(tmp_path / str(number))
         with beam(nodes=nodes, folders=[LIBRARY], env=gate.at(stall)) as host:
@@ -84,6 +86,18 @@ def test_a_torn_frame_never_reaches_the_owner(nodes: Path) -> None:
             found += host.until(is_end)
             assert found.pop() == ["exit_status", 128 + signal.SIGKILL]
             assert [(m[0], m[4], m[2]["n"]) for m in found] == [("node_stream", n, n) for n in range(len(found))]
+
+
+def test_a_service_that_is_killed_with_much_in_flight_keeps_its_promises_up_to_the_end(nodes: Path) -> None:
+    for number in range(count(2, 200)):
+        with beam(nodes=nodes) as host:
+            host.open("s", *((f"n{n}", "t-objects", {"count": 200}) for n in range(20)), ("w", "t-wait", {}))
+            host.send(*(["demand", n + 1, "s", f"n{n}", {"credit": 150 + 10 * n}] for n in range(20)))
+            host.send(["demand", 21, "s", "w", {}], ["cancel", 22, 3])
+            host.until(lambda m, number=number: m[0] == "node_stream" and m[4] == number % 150)
+            service_of(host).kill()
+            host.hear_the_end()
+            assert host.history[-1] == Fact("ended") and not host.judge.finish()
 
 
 def test_floods_and_large_values_pass_both_ways_at_once(nodes: Path) -> None:
