@@ -7,16 +7,16 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from demandport.errors import BadMessage
+from demandport.errors import BadMessage, TypeMismatch
 from demandport.wire.codec import Codec, EtfCodec, MsgpackCodec
 from demandport.wire.credit import StreamWindow
 from demandport.wire.framing import FrameDecoder, frame
 from demandport.wire.messages import parse
 from demandport.wire.outbox import Outbox
-from demandport.wire.terms import ErlangTerm
+from demandport.wire.terms import LARGE, ErlangTerm
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 BINARY = st.binary(max_size=20).map(lambda data: b"\xff" + data)  # never UTF-8: ETF has one type for both
@@ -139,3 +139,35 @@ def test_an_outbox_delivers_each_message_whole_and_lanes_in_order(puts: list[tup
         mine = [message[1] for message in found if message[2] == lane]
         assert mine == sorted(mine)
     assert all(len(message[3]) == puts[message[1]][0] for message in found)
+
+
+# ------------------------------------------------------------------------------------------------ large values
+
+LARGE_LEAVES = st.sampled_from(["x" * (LARGE + 1), "é" * (LARGE + 1), b"\xff\x00" * LARGE, "small", b"small", 1, None])
+
+
+@given(
+    st.recursive(
+        LARGE_LEAVES,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=4,
+    ),
+    st.integers(1, 1 << 20),
+)
+@settings(max_examples=20)
+def test_large_values_in_pieces_are_what_they_are_in_one(value: Any, size: int) -> None:
+    codec = MsgpackCodec()
+    message = ["demand_complete", "node", value, 7, {}]
+    whole, pieces = codec.encode(message), codec.pieces(message)
+    if isinstance(pieces, bytes):
+        assert pieces == whole
+        return
+    assert pieces.size == len(whole)
+    taken = list(iter(lambda: pieces.take(max(size, len(whole) // 50)), b""))
+    assert b"".join(taken) == whole
+    assert len({len(one) for one in taken[:-1]}) <= 1, "every piece but the last is as long as was asked for"
+
+
+def test_a_large_text_that_cannot_travel_is_refused_in_pieces_too() -> None:
+    with pytest.raises(TypeMismatch):
+        MsgpackCodec().pieces(["demand_complete", "node", {"text": "x" * (LARGE + 1) + "\ud800"}, 7, {}])

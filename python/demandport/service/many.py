@@ -58,7 +58,7 @@ class ManySink:
         if self._ended:
             return False
         self._end(["demand_error", self._nodes, error.to_wire(), self.id, self._meta({})])
-        if self._task is not None:
+        if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
         return True
 

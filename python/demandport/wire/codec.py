@@ -7,12 +7,15 @@ Both directions fail only with an error of `demandport.errors`: `BadMessage` for
 from __future__ import annotations
 
 import math
+import struct
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import msgpack
 
 from demandport.errors import BadMessage, DemandportError, TypeMismatch
-from demandport.wire.terms import ETF_EXT_TYPE, MAX_DEPTH, ErlangTerm, check_depth, check_travels
+from demandport.wire.terms import ETF_EXT_TYPE, LARGE, MAX_DEPTH, ErlangTerm, check_depth, check_travels
 
 Message = list[Any]
 
@@ -24,6 +27,10 @@ class Codec(Protocol):
 
     def encode(self, message: Message) -> bytes:
         """The payload of `message`; raises `TypeMismatch` for a value that cannot travel."""
+        ...
+
+    def pieces(self, message: Message) -> bytes | Pieces:
+        """As `encode`, but what is large may come in pieces."""
         ...
 
     def decode(self, payload: bytes) -> Message:
@@ -39,21 +46,79 @@ def codec_named(name: str) -> Codec:
 # --------------------------------------------------------------------------------------------------------- msgpack
 
 
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as failed:
+        raise TypeMismatch(f"a value cannot travel over the wire: {failed}") from None
+
+
+class Pieces:
+    """A payload as pieces, to be taken from its beginning on."""
+
+    __slots__ = ("_left", "size")
+
+    def __init__(self, pieces: Iterable[bytes | str]) -> None:
+        #: Each with how much of it was taken.
+        self._left: deque[tuple[bytes | str, int]] = deque((piece, 0) for piece in pieces)
+        self.size = sum(len(piece) for piece, _ in self._left)
+
+    def take(self, size: int) -> bytes:
+        """The next `size` bytes; fewer at the end."""
+        taken = bytearray()
+        while self._left and len(taken) < size:
+            piece, start = self._left.popleft()
+            end = start + size - len(taken)
+            next_bytes = piece[start:end]
+            taken += next_bytes.encode() if isinstance(next_bytes, str) else next_bytes
+            if end < len(piece):
+                self._left.appendleft((piece, end))
+        return bytes(taken)
+
+
 class MsgpackCodec:
     """MessagePack, with ext type 69 for Erlang terms."""
 
     name = "msgpack"
 
     def __init__(self) -> None:
-        self._pack = msgpack.Packer(default=_pack_other, autoreset=True, use_bin_type=True).pack
+        self._packer = msgpack.Packer(default=_pack_other, autoreset=True, use_bin_type=True)
+        self._pack = self._packer.pack
 
     def encode(self, message: Message) -> bytes:
         check_travels(message)
+        return self._encode(message)
+
+    def pieces(self, message: Message) -> bytes | Pieces:
+        """The payload of `message`, in which large texts and binaries are not copied."""
+        if not check_travels(message):
+            return self._encode(message)
+        return Pieces(self._written(message))
+
+    def _written(self, value: Any) -> Iterator[bytes | str]:
+        """What `value` is as bytes, one after the other; a large ASCII text stands for its own."""
+        if isinstance(value, dict):
+            yield self._packer.pack_map_header(len(value))
+            for key, item in value.items():
+                yield self._encode(key)
+                yield from self._written(item)
+        elif isinstance(value, list | tuple):
+            yield self._packer.pack_array_header(len(value))
+            for item in value:
+                yield from self._written(item)
+        elif type(value) in (str, bytes) and len(value) > LARGE:
+            data = value if type(value) is bytes or value.isascii() else _utf8(value)
+            yield struct.pack(">BI", 0xC6 if type(value) is bytes else 0xDB, len(data))
+            yield data
+        else:
+            yield self._encode(value)
+
+    def _encode(self, value: Any) -> bytes:
         try:
-            payload: bytes = self._pack(message)
+            payload: bytes = self._pack(value)
         except (TypeError, ValueError, OverflowError, RecursionError) as failed:
             raise TypeMismatch(f"a value cannot travel over the wire: {failed}") from None
-        if b"\xff" in payload and _may_hold_timestamp(payload) and _holds(message, msgpack.Timestamp):
+        if b"\xff" in payload and _may_hold_timestamp(payload) and _holds(value, msgpack.Timestamp):
             raise TypeMismatch("a msgpack timestamp cannot travel over the wire; give its text or number")
         return payload
 
@@ -153,6 +218,9 @@ class EtfCodec:
             raise
         except Exception as failed:
             raise TypeMismatch(f"a value cannot travel over the wire: {failed}") from None
+
+    def pieces(self, message: Message) -> bytes:
+        return self.encode(message)
 
     def decode(self, payload: bytes) -> Message:
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from demandport.wire.codec import Codec
+from demandport.wire.codec import Codec, Pieces
 from demandport.wire.framing import frame
 
 PART_BYTES = 64 * 1024
@@ -41,7 +41,11 @@ class Outbox:
         Raises:
             TypeMismatch: a value in it cannot travel.
         """
-        payload = self._codec.encode(message)
+        payload = self._codec.pieces(message)
+        if type(payload) is Pieces:
+            self._queue(payload, lane, True)
+            return None
+        assert type(payload) is bytes
         large = len(payload) > self.part_bytes
         if not large and lane not in self._lane_of:
             return frame(payload)
@@ -61,28 +65,33 @@ class Outbox:
         self.waiting_bytes -= len(taken)
         return [taken]
 
-    def _queue(self, payload: bytes, key: int, large: bool) -> None:
+    def _queue(self, payload: bytes | Pieces, key: int, large: bool) -> None:
         lane = self._lane_of.get(key) if key else None
         if lane is None:
             lane = _Lane(key)
             self._lanes.append(lane)
             if key:
                 self._lane_of[key] = lane
-        lane.payloads.append((payload, large))
-        self.waiting_bytes += len(payload)
+        size = payload.size if isinstance(payload, Pieces) else len(payload)
+        lane.payloads.append((payload, size, large))
+        self.waiting_bytes += size
 
     def _cut(self, lane: _Lane) -> bytes:
-        payload, large = lane.payloads[0]
+        payload, size, large = lane.payloads[0]
         if not large:
+            assert isinstance(payload, bytes)
             lane.payloads.popleft()
             self.waiting_bytes += 4  # its own length field was not counted on the way in
             return frame(payload)
         if lane.position == 0:
             self._number += 1
             lane.number = self._number
-        piece = payload[lane.position : lane.position + self.part_bytes]
+        if isinstance(payload, Pieces):
+            piece = payload.take(self.part_bytes)
+        else:
+            piece = payload[lane.position : lane.position + self.part_bytes]
         lane.position += len(piece)
-        last = lane.position >= len(payload)
+        last = lane.position >= size
         cut = frame(self._codec.encode(["part", lane.number, last, piece]))
         self.waiting_bytes += len(cut) - len(piece)
         if last:
@@ -98,6 +107,7 @@ class _Lane:
 
     def __init__(self, key: int) -> None:
         self.key = key
-        self.payloads: deque[tuple[bytes, bool]] = deque()
+        #: Each with its size, and whether it travels in parts.
+        self.payloads: deque[tuple[bytes | Pieces, int, bool]] = deque()
         self.position = 0
         self.number = 0

@@ -9,6 +9,8 @@ from typing import Any
 from demandport.errors import BadMessage, TypeMismatch
 
 MAX_DEPTH = 100
+#: A text or binary of more characters or bytes is written piece by piece: to copy it whole holds everybody up.
+LARGE = 1 << 20
 #: msgpack ext type whose body is one External Term Format term.
 ETF_EXT_TYPE = 69
 
@@ -43,20 +45,28 @@ def check_depth(value: Any) -> None:
     raise BadMessage(f"the message is nested deeper than {MAX_DEPTH}")
 
 
-def check_travels(message: list[Any]) -> None:
+def check_travels(message: list[Any]) -> bool:
     """Refuse a message that a codec would write but the other side would have to refuse.
+
+    Returns:
+        whether there is a text or binary of more than `LARGE` in it.
 
     Raises:
         TypeMismatch: a map key is no string, or something is nested deeper than `MAX_DEPTH`.
     """
+    large = False
     level: Iterable[Any] = message
     for _ in range(MAX_DEPTH + 1):
         below: list[Any] = []
         for item in level:
-            if type(item) not in _SCALARS:
+            kind = type(item)
+            if kind is str or kind is bytes:
+                if len(item) > LARGE:
+                    large = True
+            elif kind not in _SCALARS:
                 below.extend(_inner(item))
         if not below:
-            return
+            return large
         level = below
     raise TypeMismatch(f"a value nested deeper than {MAX_DEPTH} cannot travel")
 
@@ -78,4 +88,4 @@ def _inner(outer: Any) -> Iterable[Any]:
 
 
 #: Types that hold nothing else; looked up by the type itself, since this stands in the way of every message.
-_SCALARS = frozenset({str, int, float, bool, type(None), bytes, ErlangTerm})
+_SCALARS = frozenset({int, float, bool, type(None), ErlangTerm})
