@@ -288,12 +288,10 @@ class Latency:
         self._row(f"small demand {when}", found.demands, idle.demands, f"p99 <= {limit:.1f} ms", passed)
 
     def _report_inputs(self, found: list[float]) -> None:
-        last = percentile(found, 0.99)
-        self._row(
-            "ping right behind an input of 64 MiB", found, self._idle.pings, f"p99 < {PING_MS:g} ms", last < PING_MS
-        )
+        """Shown alone: the ping stands behind the value in one pipe, and cannot come before it has been read."""
+        self._row("ping right behind an input of 64 MiB", found, self._idle.pings, "", None)
 
-    def _row(self, what: str, found: list[float], idle: list[float], target: str, passed: bool) -> None:
+    def _row(self, what: str, found: list[float], idle: list[float], target: str, passed: bool | None) -> None:
         ours, bare = (f"{percentile(v, 0.5):.2f} / {percentile(v, 0.99):.2f} ms" for v in (found, idle))
         ratio = percentile(found, 0.99) / percentile(idle, 0.99)
         self._table.add(f"{what}, p50 / p99", ours, f"idle {bare}", f"{ratio:.1f}", target, passed=passed)

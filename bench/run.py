@@ -60,7 +60,7 @@ class Bench:
         found = self.port("demands", *((3, 500, 5000) if self.quick else (7, 3000, 40_000)), one_core=True)
         rows = (
             ("sequential", "demands one after another", 0.5),
-            ("pipelined", "demands, 256 in flight", 0.25),
+            ("pipelined", "demands, 256 in flight", 0.35),
             ("uncached", "edit and demand, two nodes run", None),
         )
         for name, what, target in rows:
