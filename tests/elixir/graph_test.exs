@@ -307,6 +307,9 @@ defmodule DemandPort.GraphTest do
 
       assert {:error, %Error{code: :unknown_port}} =
                graph |> Graph.connect("h.d", "any.y") |> Graph.validate(["free" | @types])
+
+      assert {:error, %Error{code: :unknown_port}} =
+               graph |> Graph.connect("h.c", "any") |> Graph.validate(["free" | @types])
     end
 
     test "a map is checked as well, and one that is no graph is refused" do

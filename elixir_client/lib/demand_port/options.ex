@@ -30,8 +30,10 @@ defmodule DemandPort.Options do
       {:name, :any, :none, "name to register the connection under"},
       {:python, :string, :none,
        "the Python executable. Without it: `config :demand_port, :python`, then the environment's " <>
-         "`DEMAND_PORT_PYTHON`, then `.venv/bin/python`, then `python3`"},
-      {:python_path, :string, :none, "a folder put before `PYTHONPATH`; default: `python/` beside `mix.exs`"},
+         "`DEMAND_PORT_PYTHON`, then the release's, then what `mix demand_port.install` made, then " <>
+         "`.venv/bin/python`, then `python3`"},
+      {:python_path, :string, :none,
+       "a folder put before `PYTHONPATH`; default: `python/` of the release, else beside `mix.exs`"},
       {:args, {:list, :string}, ["-m", "demandport", "serve"], "arguments of the executable"},
       {:env, :env, [], "environment variables of the service, `{name, value}`; nil removes one"},
       {:cd, :string, :none, "working directory of the service"},
