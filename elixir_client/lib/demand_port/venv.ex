@@ -38,9 +38,17 @@ defmodule DemandPort.Venv do
   @spec python(Path.t()) :: Path.t()
   def python(venv), do: Path.join(venv, "bin/python")
 
-  @doc "The extras that there are."
-  @spec extras() :: [String.t()]
-  def extras, do: @extras
+  @doc "The extras in a text with commas; raises for one that there is not."
+  @spec extras!(String.t()) :: [String.t()]
+  def extras!(text) do
+    extras = String.split(text, ",", trim: true)
+    unknown = Enum.join(extras -- @extras, ", ")
+
+    if unknown == "",
+      do: extras,
+      else:
+        raise(OptionParser.ParseError, "--extras: there is no #{unknown}, but #{Enum.join(@extras, ", ")}")
+  end
 
   @doc "The file that pins what an extra needs; nil stands for the service itself."
   @spec requirements(String.t() | nil) :: Path.t()

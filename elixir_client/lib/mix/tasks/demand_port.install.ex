@@ -53,19 +53,14 @@ defmodule Mix.Tasks.DemandPort.Install do
       path: Path.expand(options[:path] || Venv.default()),
       python: options[:python] || "python3",
       wheels: options[:wheels] && Path.expand(options[:wheels]),
-      extras: extras(options[:extras] || ""),
+      extras: Venv.extras!(options[:extras] || ""),
       uv: if(Keyword.get(options, :uv, true), do: System.find_executable("uv"))
     }
   end
 
-  defp extras(text) do
-    extras = String.split(text, ",", trim: true)
-    unknown = extras -- Venv.extras()
-
-    if unknown != [],
-      do: Mix.raise("--extras: #{Enum.join(unknown, ", ")}: there are #{Enum.join(Venv.extras(), ", ")}")
-
-    extras
+  # The service looks in the default place by itself.
+  defp naming(path) do
+    if path == Venv.default(), do: "", else: ", by DEMAND_PORT_PYTHON=#{Venv.python(path)}"
   end
 
   defp print(step), do: Mix.shell().info(Enum.join([step.program | Enum.map(step.arguments, &quoted/1)], " "))
@@ -76,7 +71,7 @@ defmodule Mix.Tasks.DemandPort.Install do
   defp install(settings) do
     with :ok <- Venv.check(settings),
          :ok <- Venv.install(Venv.steps(settings), settings, &Mix.shell().info("==> " <> &1)) do
-      Mix.shell().info("#{settings.path} is ready; mix demand_port.doctor tries it")
+      Mix.shell().info("#{settings.path} is ready#{naming(settings.path)}; mix demand_port.doctor tries it")
     else
       {:error, text} -> Mix.raise(text)
     end
