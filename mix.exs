@@ -16,9 +16,27 @@ defmodule DemandPort.MixProject do
       aliases: aliases(),
       preferred_cli_env: [check: :test],
       name: "DemandPort",
-      docs: [main: "DemandPort", source_ref: "v#{@version}", extras: ["protocol/SPEC.md"]]
+      package: package(),
+      docs: [main: "DemandPort", source_ref: "v#{@version}", extras: extras()]
     ]
   end
+
+  # Everything that a project needs which has this one as a dependency: both halves, and what they agree on.
+  defp package do
+    [
+      files:
+        ~w(elixir_client/lib python protocol/SPEC.md docs mix.exs .formatter.exs) ++
+          ~w(README.md ARCHITECTURE.md CHANGELOG.md LICENSE),
+      exclude_patterns: [~r/__pycache__/],
+      licenses: ["Apache-2.0"],
+      links: %{
+        "Changelog" => "https://hexdocs.pm/demand_port/changelog.html",
+        "Protocol" => "https://hexdocs.pm/demand_port/spec.html"
+      }
+    ]
+  end
+
+  defp extras, do: ["README.md", "CHANGELOG.md", "protocol/SPEC.md" | Path.wildcard("docs/*.md")]
 
   def application, do: [extra_applications: [:logger]]
 

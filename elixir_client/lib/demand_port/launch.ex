@@ -21,15 +21,41 @@ defmodule DemandPort.Launch do
     failed in ErlangError -> unavailable("the service could not be started: #{inspect(failed.original)}")
   end
 
-  @doc "The Python to use: option, application, environment, virtual environment, search path."
+  @doc "The Python to use."
   @spec python(keyword) :: String.t()
-  def python(options) do
-    options[:python] || Application.get_env(:demand_port, :python) || System.get_env("DEMAND_PORT_PYTHON") ||
-      local_python() || "python3"
+  def python(options), do: options |> python_and_origin() |> elem(0)
+
+  @doc "The Python to use, and what named it: the first of these that there is (docs/deployment.md)."
+  @spec python_and_origin(keyword) :: {String.t(), String.t()}
+  def python_and_origin(options) do
+    Enum.find(
+      [
+        {options[:python], "the option :python"},
+        {Application.get_env(:demand_port, :python), "config :demand_port, :python"},
+        {System.get_env("DEMAND_PORT_PYTHON"), "the variable DEMAND_PORT_PYTHON"},
+        {packed("venv/bin/python"), "the release"},
+        {existing("_build/demand_port/venv/bin/python"), "mix demand_port.install"},
+        {existing(".venv/bin/python"), ".venv in the working directory"},
+        {"python3", "the search path"}
+      ],
+      fn {python, _origin} -> python not in [nil, ""] end
+    )
   end
 
-  defp local_python do
-    path = Path.expand(".venv/bin/python")
+  @doc "The folder of the Python package: the release's, or the one where this library was compiled; nil without either."
+  @spec python_folder() :: Path.t() | nil
+  def python_folder, do: packed("python") || existing(@repository_python)
+
+  # Where DemandPort.Release put it.
+  defp packed(path) do
+    case :code.priv_dir(:demand_port) do
+      {:error, :bad_name} -> nil
+      folder -> folder |> Path.join(path) |> existing()
+    end
+  end
+
+  defp existing(path) do
+    path = Path.expand(path)
     if File.exists?(path), do: path
   end
 
@@ -68,7 +94,7 @@ defmodule DemandPort.Launch do
     given = Map.new(options[:env] || [])
 
     given
-    |> put_python_path(options[:python_path] || repository_python())
+    |> put_python_path(options[:python_path] || python_folder())
     |> Enum.map(fn {name, value} -> {to_charlist(name), variable(value)} end)
   end
 
@@ -79,8 +105,6 @@ defmodule DemandPort.Launch do
     path = [Path.expand(folder), inherited] |> Enum.reject(&(&1 in [nil, ""])) |> Enum.join(":")
     Map.put(env, "PYTHONPATH", path)
   end
-
-  defp repository_python, do: if(File.dir?(@repository_python), do: @repository_python)
 
   defp variable(nil), do: false
   defp variable(value), do: to_charlist(value)

@@ -30,8 +30,10 @@ defmodule DemandPort.Options do
       {:name, :any, :none, "name to register the connection under"},
       {:python, :string, :none,
        "the Python executable. Without it: `config :demand_port, :python`, then the environment's " <>
-         "`DEMAND_PORT_PYTHON`, then `.venv/bin/python`, then `python3`"},
-      {:python_path, :string, :none, "a folder put before `PYTHONPATH`; default: `python/` beside `mix.exs`"},
+         "`DEMAND_PORT_PYTHON`, then the release's, then what `mix demand_port.install` made, then " <>
+         "`.venv/bin/python`, then `python3`"},
+      {:python_path, :string, :none,
+       "a folder put before `PYTHONPATH`; default: `python/` of the release, else beside `mix.exs`"},
       {:args, {:list, :string}, ["-m", "demandport", "serve"], "arguments of the executable"},
       {:env, :env, [], "environment variables of the service, `{name, value}`; nil removes one"},
       {:cd, :string, :none, "working directory of the service"},
@@ -78,7 +80,9 @@ defmodule DemandPort.Options do
       @timeout
     ],
     node_types: [{:filter, :filter, nil, "a node type, or `%{\"category\" => name}`"}, @timeout],
-    drain: [{:timeout_ms, {:integer, 0}, 30_000, "time after which running demands are cancelled"}]
+    drain: [{:timeout_ms, {:integer, 0}, 30_000, "time after which running demands are cancelled"}],
+    "Graph.node": [{:position, :position, :none, "where an editor draws the node, `{x, y}`"}],
+    "Graph.connect": [{:id, :string, :none, "name of the edge, for edits; default: one made of its ends"}]
   }
 
   @plain ~w(close edit set_input clear_input get_output snapshot health ping validate models)a
@@ -137,6 +141,8 @@ defmodule DemandPort.Options do
   defp fits?({:function, arity}, value), do: is_function(value, arity)
   defp fits?({:list, type}, value), do: is_list(value) and Enum.all?(value, &fits?(type, &1))
   defp fits?(:filter, value), do: is_nil(value) or is_binary(value) or is_map(value)
+  defp fits?(:position, {x, y}), do: is_number(x) and is_number(y)
+  defp fits?(:position, _value), do: false
   defp fits?(:receiver, {name, node}), do: is_atom(name) and is_atom(node)
   defp fits?(:receiver, value), do: is_pid(value) or (is_atom(value) and value not in [nil, true, false])
   defp fits?(:env, value) when is_list(value) or is_map(value), do: Enum.all?(value, &variable?/1)
@@ -156,6 +162,7 @@ defmodule DemandPort.Options do
   defp describe({:function, arity}), do: "a function of #{arity} arguments"
   defp describe({:list, type}), do: "a list, each item #{describe(type)}"
   defp describe(:filter), do: "nil, a string or a map"
+  defp describe(:position), do: "two numbers, {x, y}"
   defp describe(:receiver), do: "a pid, a registered name, or {name, node}"
   defp describe(:env), do: "a list or map of names (strings) to values (strings, or nil)"
 end
