@@ -22,10 +22,11 @@ defmodule DemandPort do
   Every function that asks the service returns `{:error, %DemandPort.Error{}}` when it refuses; with the code
   `:deadline_exceeded` when there was no reply in time, and `:backend_unavailable` when the service is not there.
   An option that is not known or does not fit raises `ArgumentError`. When the service ends, everything open ends
-  with `:backend_unavailable`, and the supervisor starts a new one; its sessions are to be opened again.
+  with `:backend_unavailable`, and a new one is started; sessions that were opened with `restore: true` are there again,
+  the others are to be opened anew. Functions with a `!` return the result alone, and raise the error.
   """
 
-  alias DemandPort.{Connection, Demand, Error, Options, Session}
+  alias DemandPort.{Connection, Delivery, Demand, Error, Graph, Host, Options, Restore, Session}
 
   @typedoc "What `start_link/1` started: a pid or a registered name."
   @type port_server :: GenServer.server()
@@ -158,19 +159,56 @@ defmodule DemandPort do
   ## Sessions
 
   @doc """
-  Opens a graph: `%{nodes: […], edges: […]}`, as `protocol/SPEC.md`, section 4, describes it.
+  Starts a new service in the place of this one, losing nothing: what runs is finished, what is asked meanwhile waits
+  for the new one, and sessions that were opened with `restore: true` are opened again. Returns once it is ready.
+
+  #{Options.docs(:restart)}
+  """
+  @spec restart(port_server, keyword) :: :ok | {:error, Error.t()}
+  def restart(port, options \\ []) do
+    options = Options.validate!(options, :restart)
+    Connection.call(port, {:restart, options[:drain_ms]}, options[:timeout])
+  end
+
+  @doc """
+  What the connection knows without asking the service: its process id and limits, open requests and demands, what is
+  held, restarts within the last minute, sessions that would be restored, calls of host nodes.
+
+  #{Options.docs(:info)}
+  """
+  @spec info(port_server, keyword) :: {:ok, map} | {:error, Error.t()}
+  def info(port, options \\ []), do: Connection.call(port, :info, Options.validate!(options, :info)[:timeout])
+
+  ## Sessions
+
+  @doc """
+  Opens a graph: a map `%{nodes: […], edges: […]}` as `protocol/SPEC.md`, section 4, describes it, a `DemandPort.Graph`,
+  or the path of a JSON file.
 
   #{Options.docs(:open)}
   """
-  @spec open(port_server, map, keyword) :: {:ok, Session.t()} | {:error, Error.t()}
-  def open(port, graph, options \\ []) when is_map(graph) do
+  @spec open(port_server, map | Graph.t() | Path.t(), keyword) :: {:ok, Session.t()} | {:error, Error.t()}
+  def open(port, graph, options \\ []) do
     options = Options.validate!(options, :open)
     name = options[:session] || "session-#{System.unique_integer([:positive])}"
-    limits = options |> Keyword.take([:max_running, :max_queued]) |> Map.new()
+    sent = opening(options)
 
-    with {:ok, opened} <- Connection.request(port, "open", [name, graph, limits], options[:timeout]) do
+    with {:ok, graph} <- Graph.to_wire(graph),
+         restore = if(options[:restore], do: Restore.new(graph, sent)),
+         note = {:opened, name, restore, options[:host]},
+         {:ok, opened} <- Connection.request(port, "open", [name, graph, sent], options[:timeout], note) do
       {:ok, %Session{server: port, name: name, problems: opened["problems"] || []}}
     end
+  end
+
+  @opening ~w(max_running max_queued host_types host_else host_timeout_ms event_history)a
+
+  defp opening(options) do
+    claimed = if options[:host], do: [host_types: Host.claims(options[:host])], else: []
+
+    for {name, value} <- Keyword.merge(claimed, Keyword.take(options, @opening)),
+        into: %{},
+        do: {Atom.to_string(name), plain(value)}
   end
 
   @doc """
@@ -180,7 +218,9 @@ defmodule DemandPort do
   """
   @spec close(Session.t(), keyword) :: :ok | {:error, Error.t()}
   def close(%Session{} = session, options \\ []) do
-    with {:ok, _} <- ask(session.server, "close", [session.name], options, :close), do: :ok
+    timeout = Options.validate!(options, :close)[:timeout]
+    note = {:closed, session.name}
+    with {:ok, _} <- Connection.request(session.server, "close", [session.name], timeout, note), do: :ok
   end
 
   @doc """
@@ -226,6 +266,46 @@ defmodule DemandPort do
   end
 
   @doc """
+  Answers a `human-input` node, which waits for its `user_response`; also before it asks, and after other edits.
+
+  #{Options.docs(:answer)}
+  """
+  @spec answer(Session.t(), String.t(), value, keyword) :: {:ok, [String.t()]} | {:error, Error.t()}
+  def answer(%Session{} = session, node, value, options \\ []) when is_binary(node) do
+    edit(session, [{:set_input, node, "user_response", value}], options, :answer)
+  end
+
+  @doc """
+  Has the session's events sent to the caller, as `{:node_event, session, event}`, until it unsubscribes or dies, or the
+  session is closed. `event` is a map with `"event"`, `"node"`, `"seq"` and `"time_us"`: `protocol/SPEC.md`, section 10.
+
+  Who comes back says `since:` with the number after the last one it had, and misses nothing that is still kept. After a
+  restart of the service the numbers of a restored session begin at 0 again.
+
+  #{Options.docs(:subscribe)}
+  """
+  @spec subscribe(Session.t(), keyword) ::
+          {:ok, %{first: non_neg_integer, next: non_neg_integer}} | {:error, Error.t()}
+  def subscribe(%Session{} = session, options \\ []) do
+    {timeout, options} = options |> Options.validate!(:subscribe) |> Keyword.pop(:timeout)
+
+    with {:ok, kept} <- Connection.call(session.server, {:subscribe, session.name, self(), options}, timeout) do
+      {:ok, %{first: kept["first"], next: kept["next"]}}
+    end
+  end
+
+  @doc """
+  Takes `subscribe/2` back.
+
+  #{Options.docs(:unsubscribe)}
+  """
+  @spec unsubscribe(Session.t(), keyword) :: :ok | {:error, Error.t()}
+  def unsubscribe(%Session{} = session, options \\ []) do
+    timeout = Options.validate!(options, :unsubscribe)[:timeout]
+    Connection.call(session.server, {:unsubscribe, session.name, self()}, timeout)
+  end
+
+  @doc """
   The cached value of an output port, without running anything: `:absent` when there is none that is fresh,
   `:skipped` when the node hangs on a branch that was not taken.
 
@@ -247,24 +327,87 @@ defmodule DemandPort do
   @doc """
   Demands a node and returns at once; the messages go to the caller. The demand is cancelled when its receiver dies.
 
+  No more of its chunks are under way, or wait in the receiver's mailbox, than `credit` says: the service is held back
+  while the mailbox holds more. (That of a process on another node cannot be looked into.)
+
   #{Options.docs(:demand_async)}
   """
   @spec demand_async(Session.t(), String.t(), keyword) :: {:ok, Demand.t()} | {:error, Error.t()}
   def demand_async(%Session{} = session, node, options \\ []) when is_binary(node) do
     options = Options.validate!(options, :demand_async)
-    receiver = receiver(Keyword.get(options, :to, self()))
+    {to, watch} = ends(options)
+    tag = if Keyword.has_key?(options, :tag), do: {:tag, options[:tag]}, else: :untagged
+    delivery = %{delivery(session, node, options) | to: to, watch: watch, tag: tag}
 
-    demand = %{
-      plan(session, node, options)
-      | ref: make_ref(),
-        to: receiver,
-        watch: receiver,
-        tag: if(Keyword.has_key?(options, :tag), do: {:tag, options[:tag]}, else: :untagged)
-    }
-
-    with :ok <- Connection.demand(session.server, demand, :infinity) do
-      {:ok, %Demand{server: session.server, session: session.name, node: node, ref: demand.ref}}
+    with :ok <- Connection.demand(session.server, delivery, :infinity) do
+      {:ok, %Demand{server: session.server, session: session.name, node: node, ref: delivery.ref}}
     end
+  end
+
+  defp ends(options) do
+    to = options |> Keyword.get(:to, self()) |> List.wrap() |> Enum.map(&receiver/1)
+
+    {to, watch} = if options[:broadcast], do: {[{:broadcast, options[:broadcast]}], [self()]}, else: {to, to}
+
+    case options[:owner] do
+      nil -> {to, watch}
+      :none -> {to, []}
+      owner -> {to, [owner]}
+    end
+  end
+
+  @doc """
+  Demands several nodes and waits; the outcomes come in the order asked, each with its node: `{:ok, outputs}`,
+  `:skipped`, `{:error, error}`, `:cancelled`, or `:not_started`. They stream nothing. Leaves no message behind.
+
+  In the mode `:race` it is an error when none succeeds: the first failure.
+
+  #{Options.docs(:demand_many)}
+  """
+  @spec demand_many(Session.t(), [String.t()], keyword) ::
+          {:ok, [{String.t(), {:ok, outputs} | {:error, Error.t()} | :skipped | :cancelled | :not_started}]}
+          | {:error, Error.t()}
+  def demand_many(session, nodes, options \\ [])
+  def demand_many(%Session{}, [], _options), do: {:ok, []}
+
+  def demand_many(%Session{} = session, [_ | _] = nodes, options) do
+    options = Options.validate!(options, :demand_many)
+
+    more =
+      for {name, value} <- Keyword.take(options, [:mode, :limit]), into: %{}, do: {"#{name}", plain(value)}
+
+    delivery = delivery(session, nodes, options)
+    delivery = %{delivery | options: Map.merge(delivery.options, more), window: 0, stream: :never}
+
+    with {:ok, outcomes} <- wait(session.server, delivery, options[:timeout], nil),
+         do: {:ok, Enum.map(outcomes, &outcome/1)}
+  end
+
+  defp outcome(%{"node" => node, "status" => "ok", "outputs" => outputs}), do: {node, {:ok, outputs}}
+
+  defp outcome(%{"node" => node, "status" => "error", "error" => error}),
+    do: {node, {:error, Error.from_wire(error)}}
+
+  defp outcome(%{"node" => node, "status" => "skipped"}), do: {node, :skipped}
+  defp outcome(%{"node" => node, "status" => "cancelled"}), do: {node, :cancelled}
+  defp outcome(%{"node" => node, "status" => "not_started"}), do: {node, :not_started}
+
+  @doc """
+  A demand as a lazy stream of its chunks: it begins when the stream is enumerated, and each time anew.
+
+      session |> DemandPort.stream("answer") |> Enum.each(&IO.write/1)
+
+  The service makes no more than `credit` chunks ahead of who takes them; text that comes meanwhile is joined. To halt
+  early, as `Enum.take/2` does, cancels the demand. An error of the demand is raised as `DemandPort.Error`, after the
+  chunks that came before it. A node that is answered from the cache streams nothing: if it has one output, that
+  is the one element.
+
+  #{Options.docs(:stream)}
+  """
+  @spec stream(Session.t(), String.t(), keyword) :: Enumerable.t()
+  def stream(%Session{} = session, node, options \\ []) when is_binary(node) do
+    options = Options.validate!(options, :stream)
+    Stream.resource(fn -> begin_stream(session, node, options) end, &next_chunks/1, &end_stream/1)
   end
 
   @doc """
@@ -276,10 +419,10 @@ defmodule DemandPort do
   def demand(%Session{} = session, node, options \\ []) when is_binary(node) do
     options = Options.validate!(options, :demand)
 
-    case GenServer.whereis(session.server) do
-      nil -> {:error, Connection.unavailable("the connection is not running")}
-      server -> demand_and_wait(server, plan(session, node, options), options)
-    end
+    on_stream = options[:on_stream]
+    delivery = delivery(session, node, options)
+    delivery = if on_stream, do: delivery, else: %{delivery | window: 0, stream: :never}
+    wait(session.server, delivery, options[:timeout], on_stream)
   end
 
   @doc """
@@ -288,6 +431,44 @@ defmodule DemandPort do
   @spec cancel(Demand.t()) :: :ok
   def cancel(%Demand{} = demand), do: Connection.cancel(demand.server, demand.ref)
 
+  ## With an exclamation mark
+
+  for {name, arities} <- [
+        open: 2..3,
+        edit: 2..3,
+        set_input: 4..5,
+        clear_input: 3..4,
+        answer: 3..4,
+        get_output: 3..4,
+        snapshot: 1..2,
+        close: 1..2,
+        subscribe: 1..2,
+        demand: 2..3,
+        demand_async: 2..3,
+        demand_many: 2..3,
+        models: 1..2,
+        load_model: 2..3,
+        unload_model: 2..3,
+        node_types: 1..2,
+        validate: 2..3,
+        health: 1..2,
+        info: 1..2,
+        drain: 1..2,
+        restart: 1..2
+      ],
+      arity <- arities do
+    arguments = Macro.generate_arguments(arity, __MODULE__)
+    @doc "As `#{name}/#{arity}`, but returns the result alone, and raises the error."
+    @spec unquote(:"#{name}!")(unquote_splicing(List.duplicate({:term, [], []}, arity))) :: term
+    def unquote(:"#{name}!")(unquote_splicing(arguments)) do
+      unquote(name)(unquote_splicing(arguments)) |> unwrap()
+    end
+  end
+
+  defp unwrap({:ok, result}), do: result
+  defp unwrap({:error, error}), do: raise(error)
+  defp unwrap(plain), do: plain
+
   ## Inside
 
   defp ask(port, type, fields, options, function) do
@@ -295,9 +476,12 @@ defmodule DemandPort do
   end
 
   defp edit(session, operations, options, function) do
-    fields = [session.name, Enum.map(operations, &operation/1)]
+    operations = Enum.map(operations, &operation/1)
+    timeout = Options.validate!(options, function)[:timeout]
+    note = {:edited, session.name, operations}
 
-    with {:ok, %{"stale" => stale}} <- ask(session.server, "edit", fields, options, function),
+    with {:ok, %{"stale" => stale}} <-
+           Connection.request(session.server, "edit", [session.name, operations], timeout, note),
          do: {:ok, stale}
   end
 
@@ -322,54 +506,68 @@ defmodule DemandPort do
 
   @sent ~w(deadline_ms priority coalesce_ms coalesce_bytes)a
 
-  defp plan(session, node, options) do
+  defp delivery(session, node, options) do
     sent = for {name, value} <- Keyword.take(options, @sent), into: %{}, do: {Atom.to_string(name), value}
     sent = if options[:events], do: Map.put(sent, "events", true), else: sent
 
-    %{
-      ref: nil,
-      session: session.name,
-      node: node,
-      options: sent,
-      credit: options[:credit],
-      to: nil,
-      watch: self(),
-      tag: :untagged,
-      stream: true
-    }
+    %Delivery{ref: make_ref(), session: session.name, node: node, options: sent, window: options[:credit]}
   end
 
-  defp demand_and_wait(server, plan, options) do
-    on_stream = options[:on_stream]
-    # Messages go to the alias: once it is dropped, whatever is still on its way to this process vanishes.
-    ref = :erlang.monitor(:process, server, alias: :explicit_unalias)
-    credit = if on_stream, do: options[:credit], else: 0
-    demand = %{plan | ref: ref, to: ref, tag: {:tag, ref}, credit: credit, stream: on_stream != nil}
-    Connection.cast_demand(server, demand)
+  ## Demands whose messages the caller itself receives, here
 
-    try do
-      await(server, ref, on_stream, deadline(options[:timeout]))
-    after
-      leave(server, ref)
+  defp wait(server, delivery, timeout, on_stream) do
+    case begin(server, delivery) do
+      {:ok, server, ref} ->
+        try do
+          await(ref, on_stream, deadline(timeout))
+        after
+          leave(server, ref)
+        end
+
+      {:error, error} ->
+        {:error, error}
     end
   end
 
-  defp await(server, ref, on_stream, deadline) do
-    receive do
-      {^ref, {:node_stream, node, chunk}} ->
-        on_stream.(node, chunk)
-        await(server, ref, on_stream, deadline)
+  # Messages go to an alias: once it is dropped, whatever is still on its way to this process vanishes.
+  defp begin(server, delivery) do
+    case GenServer.whereis(server) do
+      nil ->
+        {:error, Connection.unavailable("the connection is not running")}
 
-      {^ref, {:demand_complete, _node, outputs}} ->
+      server ->
+        ref = :erlang.monitor(:process, server, alias: :explicit_unalias)
+        Connection.cast_demand(server, %{delivery | ref: ref, to: [ref], watch: [self()], tag: {:tag, ref}})
+        {:ok, server, ref}
+    end
+  end
+
+  defp await(ref, on_stream, deadline) do
+    case next(ref, remaining(deadline)) do
+      {:node_stream, node, chunk} ->
+        on_stream.(node, chunk)
+        await(ref, on_stream, deadline)
+
+      {:demand_complete, _node, outputs} ->
         {:ok, outputs}
 
-      {^ref, {:demand_error, _node, error}} ->
+      {:demand_error, _node, error} ->
         {:error, error}
+    end
+  end
+
+  defp next(ref, timeout) do
+    receive do
+      {^ref, {:node_event, _session, _event}} ->
+        next(ref, timeout)
+
+      {^ref, message} ->
+        message
 
       {:DOWN, ^ref, :process, _pid, _reason} ->
-        {:error, Connection.unavailable("the connection ended while the demand ran")}
+        {:demand_error, nil, Connection.unavailable("the connection ended")}
     after
-      remaining(deadline) -> {:error, Error.new(:deadline_exceeded, "the demand did not end in time")}
+      timeout -> {:demand_error, nil, Error.new(:deadline_exceeded, "the demand did not end in time")}
     end
   end
 
@@ -379,6 +577,53 @@ defmodule DemandPort do
     Process.demonitor(ref, [:flush])
     Connection.abandon(server, ref)
     flush(ref)
+  end
+
+  defp begin_stream(session, node, options) do
+    case begin(session.server, %{delivery(session, node, options) | stream: :consumed}) do
+      {:ok, server, ref} -> %{server: server, ref: ref, options: options, taken: 0, empty: true}
+      {:error, error} -> raise error
+    end
+  end
+
+  defp next_chunks(%{ref: nil} = stream), do: {:halt, stream}
+
+  # What came before was taken when the next is asked for.
+  defp next_chunks(stream) do
+    stream = give_credit(stream)
+    values = stream.options[:chunks] == :values
+
+    case next(stream.ref, stream.options[:timeout]) do
+      {:node_stream, _node, chunk} = message ->
+        {[if(values, do: chunk, else: message)], %{stream | taken: stream.taken + 1, empty: false}}
+
+      {:demand_complete, _node, outputs} = message ->
+        last = if values, do: if(stream.empty, do: single(outputs), else: []), else: [message]
+        {last, end_stream(stream)}
+
+      {:demand_error, _node, error} ->
+        end_stream(stream)
+        raise error
+    end
+  end
+
+  defp give_credit(%{taken: taken, options: options} = stream) do
+    if 2 * taken >= options[:credit] do
+      Connection.consumed(stream.server, stream.ref, taken)
+      %{stream | taken: 0}
+    else
+      stream
+    end
+  end
+
+  defp single(outputs) when map_size(outputs) == 1, do: Map.values(outputs)
+  defp single(_outputs), do: []
+
+  defp end_stream(%{ref: nil} = stream), do: stream
+
+  defp end_stream(stream) do
+    leave(stream.server, stream.ref)
+    %{stream | ref: nil}
   end
 
   defp flush(ref) do

@@ -85,7 +85,7 @@ defmodule DemandPort.ConnectionTest do
       {:ok, _} = DemandPort.demand_async(session(server), "stream-1000", credit: 8)
       assert length(collect("stream-1000")) == 1_001
       grants = for [_, n] <- health(server)["credits"], do: n
-      assert Enum.uniq(grants) == [4]
+      assert Enum.all?(grants, &(&1 in 4..8))
       assert Enum.sum(grants) in 992..1_000
     end
 
@@ -137,6 +137,7 @@ defmodule DemandPort.ConnectionTest do
     test "is cancelled when its receiver was dead already" do
       server = fake()
       receiver = spawn(fn -> :ok end)
+      assert :pong = DemandPort.ping(server)
       {:ok, _} = DemandPort.demand_async(session(server), "never", to: receiver)
       assert eventually(fn -> length(health(server)["cancelled"]) == 1 end)
     end
@@ -215,7 +216,7 @@ defmodule DemandPort.ConnectionTest do
       DemandPort.cancel(demand)
       assert :pong = DemandPort.ping(server)
       assert_receive {:demand_complete, "echo", _}, @wait
-      assert [_, {:demand_error, "never", %Error{code: :cancelled}}] = collect("never")
+      assert [{:demand_error, "never", %Error{code: :cancelled}}] = collect("never")
       assert %{"protocol" => [1, 1], "client" => "demand_port/" <> _} = health(server)["hello"]
     end
 
@@ -228,19 +229,17 @@ defmodule DemandPort.ConnectionTest do
       assert {:error, %Error{code: :queue_full}} = DemandPort.demand(session, "echo")
     end
 
-    for {mode, reason, code} <- [
-          {"mute", :start_timeout, :backend_unavailable},
-          {"old", :unsupported_protocol, :unsupported_protocol},
-          {"die", {:service_exited, 3}, :backend_unavailable}
+    for {mode, code, text} <- [
+          {"mute", :backend_unavailable, "not ready within"},
+          {"old", :unsupported_protocol, "protocol"},
+          {"die", :backend_unavailable, "exit status 3"}
         ] do
-      test "of a service that is #{mode} fails typed" do
-        server = fake(unquote(mode), start_timeout_ms: 500)
+      test "of a service that is #{mode} fails typed, and after some of them for good" do
+        server = fake(unquote(mode), start_timeout_ms: 500, max_restarts: 1)
         monitor = Process.monitor(server)
-        result = DemandPort.demand(session(server), "echo")
-        assert {:error, %Error{code: code}} = result
-        assert code in [unquote(code), :backend_unavailable]
-        assert_receive {:DOWN, ^monitor, :process, _, reason}, @wait
-        assert reason in [unquote(Macro.escape(reason)), :noproc]
+        assert {:error, %Error{code: unquote(code)}} = DemandPort.demand(session(server), "echo")
+        assert_receive {:DOWN, ^monitor, :process, _, {:shutdown, %Error{code: unquote(code)} = error}}, @wait
+        assert error.message =~ unquote(text)
       end
     end
 
@@ -270,7 +269,6 @@ defmodule DemandPort.ConnectionTest do
         ] do
       test "by #{node} ends everything that is open, once" do
         server = fake("", max_frame_bytes: 1_000_000)
-        monitor = Process.monitor(server)
         session = session(server)
         {:ok, _} = DemandPort.demand_async(session, "never", tag: :a)
         {:ok, _} = DemandPort.demand_async(session, "never", tag: :b)
@@ -287,14 +285,16 @@ defmodule DemandPort.ConnectionTest do
 
         assert {:error, %Error{code: unquote(code)}} = Task.await(waiting)
         assert {:error, %Error{code: unquote(code)}} = Task.await(asking)
-        assert_receive {:DOWN, ^monitor, :process, _, _}, @wait
+        # The next service answers, in the same process.
+        assert {:ok, _} = DemandPort.demand(session, "echo")
+        assert Process.alive?(server)
         refute_received {_, {:demand_error, _, _}}
       end
     end
 
-    test "is followed by a restart under a supervisor" do
+    test "more often than it may ends the process, and the supervisor starts another" do
       name = :demand_port_restarted
-      options = fake_options("", name: name)
+      options = fake_options("", name: name, max_restarts: 0)
       start_supervised!({DemandPort, options})
       session = session(name)
       before = Process.whereis(name)
@@ -313,7 +313,7 @@ defmodule DemandPort.ConnectionTest do
       {:ok, old} = DemandPort.demand_async(session, "never", tag: :old)
       assert {:error, _} = DemandPort.demand(session, "exit-1")
       assert_receive {:old, {:demand_error, _, _}}, @wait
-      assert eventually(fn -> Process.whereis(name) != nil and DemandPort.ping(name) == :pong end)
+      assert DemandPort.ping(name) == :pong
       {:ok, _} = DemandPort.demand_async(session, "never", tag: :new)
       DemandPort.cancel(old)
       assert health(name)["cancelled"] == []

@@ -49,25 +49,37 @@ defmodule DemandPort.UnitsTest do
   end
 
   describe "credit" do
-    test "never lets more be under way than the window, and never starves" do
-      for window <- 1..70 do
-        {_, _, low, high} =
-          Enum.reduce(1..500, {Credit.new(window), window, window, window}, fn _,
-                                                                               {credit, allowed, low, high} ->
-            {grant, credit} = Credit.delivered(credit)
-            allowed = allowed - 1 + grant
-            {credit, allowed, min(low, allowed), max(high, allowed)}
-          end)
+    test "what is under way and what waits are never more than the window, and a consumer that goes on gets all" do
+      for window <- 1..40, pause <- [0, 1, 3, 100] do
+        # {credit, how many the service may send, how many wait}
+        Enum.reduce(1..600, {Credit.new(window), window, 0}, fn step, {credit, allowed, waiting} ->
+          {credit, allowed, waiting} =
+            if allowed > 0,
+              do: {Credit.delivered(credit), allowed - 1, waiting + 1},
+              else: {credit, 0, waiting}
 
-        assert high <= window
-        assert low >= 1 or window == 1
+          taken = if pause == 0 or rem(step, pause + 1) == 0, do: min(waiting, 1 + pause), else: 0
+          waiting = waiting - taken
+          {grant, credit} = if Credit.due?(credit), do: Credit.grant(credit, waiting), else: {0, credit}
+          assert allowed + grant + waiting <= window
+          assert allowed + grant > 0 or waiting > 0 or window == 1
+          {credit, allowed + grant, waiting}
+        end)
       end
     end
 
-    test "a window of 1 grants each time; 0 and infinity never" do
-      assert {1, _} = Credit.delivered(Credit.new(1))
-      assert {0, _} = Credit.delivered(Credit.new(0))
-      assert {0, _} = Credit.delivered(Credit.new(:infinity))
+    test "a consumer that takes none gets none; 0 and infinity are never asked about" do
+      used = Enum.reduce(1..4, Credit.new(4), fn _, credit -> Credit.delivered(credit) end)
+      assert Credit.exhausted?(used)
+      assert {0, ^used} = Credit.grant(used, 4)
+      assert {2, half} = Credit.grant(used, 2)
+      refute Credit.exhausted?(half)
+
+      for window <- [0, :infinity] do
+        credit = window |> Credit.new() |> Credit.delivered()
+        refute Credit.due?(credit) or Credit.exhausted?(credit)
+        assert {0, _} = Credit.consumed(credit, 1)
+      end
     end
   end
 

@@ -3,12 +3,19 @@ defmodule DemandPort.Connection do
   The process that owns the port: it starts the service, sends requests, and hands each message to whom it is for.
 
   It never waits for the service. A request is sent and its caller remembered; the reply finds the caller by the id.
-  Requests that come before the service is ready are held (at most `max_pending`) and sent in order once it is.
 
-      starting ──ready──▶ ready ──▶ down        port ended, goodbye, unreadable payload, start timeout
+      starting ──ready──▶ ready ──restart/1──▶ draining ──drained──▶ starting
+          │                 │                      │
+          └────port ended, goodbye, unreadable payload, start timeout────▶ down ──delay──▶ starting
 
-  *Down* is the end of the process: every open request is answered, and every open demand ended, with a typed error,
-  then the process stops and its supervisor starts a new service. A demand whose receiver dies is cancelled.
+  - *starting*: what is asked is held (at most `max_pending`) and sent in order once the service is ready.
+  - *ready*: requests go out as they come.
+  - *draining*: what runs is finished, what is asked is held for the next service.
+  - *down*: every request and demand that the service had was answered with a typed error; what is asked now is held.
+    The first restart comes at once, later ones after a growing delay; more than `max_restarts` within a minute end
+    this process, and its supervisor decides.
+
+  In a new service, sessions that were opened with `restore: true` are opened again, before anything that was held.
 
   All writes go through `Port.command/2` here. It suspends this process, and no other, when more bytes wait for the
   service than two of the largest messages.
@@ -16,62 +23,80 @@ defmodule DemandPort.Connection do
   The functions below are what `DemandPort` is made of; use that module.
   """
 
-  use GenServer
+  @behaviour :gen_statem
 
   require Logger
 
-  alias DemandPort.{Credit, Error, Launch, Msgpack, Protocol}
+  alias DemandPort.{Delivery, Error, HostCalls, Launch, Msgpack, Protocol, Restore, Subscriptions, Telemetry}
 
   @client "demand_port/#{Mix.Project.config()[:version]} elixir"
   @levels %{none: 0, error: 1, warning: 2, info: 3, debug: 4}
+  @restarts_within_ms 60_000
+  @first_delay_ms 100
+  @longest_delay_ms 10_000
+  # How often the mailbox of a consumer is looked into that holds all it may.
+  @look_again_ms 10
 
-  @typedoc """
-  A demand as its sender describes it. `watch` is the process whose death cancels it; `to` is where messages go,
-  which for a waiting call is a process alias; `stream` says whether chunks are delivered.
-  """
-  @type demand :: %{
-          ref: reference,
-          session: String.t(),
-          node: String.t(),
-          options: map,
-          credit: non_neg_integer | :infinity | nil,
-          to: pid | {atom, node} | reference,
-          watch: pid | {atom, node},
-          tag: {:tag, term} | :untagged,
-          stream: boolean
-        }
+  @typedoc "What is to be remembered of a request once the service has taken it."
+  @type note ::
+          nil
+          | {:opened, String.t(), Restore.t() | nil, DemandPort.Host.t() | nil}
+          | {:edited, String.t(), [map]}
+          | {:closed, String.t()}
 
-  defmodule State do
+  defmodule Data do
     @moduledoc false
-    @enforce_keys [:port, :protocol, :options]
-    # owners:   id => {:call, from} | {:demand, demand, credit, monitor} | :nobody
+    @enforce_keys [:options, :tasks]
+    # owners:   id => {:call, from, note} | {:demand, delivery} | {:note, text} | :nobody
     # refs:     demand reference => id        monitors: monitor reference => id
-    # held:     {id, payload} to send once the service is ready, newest first; nil when it is
-    # failure:  what open requests and demands are told when the process stops
-    defstruct [:port, :protocol, :options, owners: %{}, refs: %{}, monitors: %{}, held: [], failure: nil]
+    # held:     {id, payload} to send to the next service that is ready, newest first; nil while one is
+    # sessions: name => what it takes to open it again
+    # downs:    when services were lost, the latest first
+    defstruct [
+      :port,
+      :protocol,
+      :options,
+      :tasks,
+      :started,
+      :failure,
+      :info,
+      hosts: %HostCalls{},
+      subscriptions: %Subscriptions{},
+      owners: %{},
+      refs: %{},
+      monitors: %{},
+      held: [],
+      sessions: %{},
+      downs: [],
+      restarting: []
+    ]
   end
 
   ## Called by the sender
 
   @doc "Starts a service; the options are those of `DemandPort.start_link/1`, validated."
-  @spec start_link(keyword) :: GenServer.on_start()
+  @spec start_link(keyword) :: :gen_statem.start_ret()
   def start_link(options) do
-    GenServer.start_link(__MODULE__, options, Keyword.take(options, [:name]))
+    case options[:name] do
+      nil -> :gen_statem.start_link(__MODULE__, options, [])
+      name when is_atom(name) -> :gen_statem.start_link({:local, name}, __MODULE__, options, [])
+      other -> :gen_statem.start_link(other, __MODULE__, options, [])
+    end
   end
 
   @doc "Sends a request and waits for its reply. Encodes in the calling process."
-  @spec request(GenServer.server(), String.t(), [term], timeout) :: {:ok, term} | {:error, Error.t()}
-  def request(server, type, fields, timeout) do
-    with {:ok, fields} <- encode(fields), do: call(server, {:request, type, fields}, timeout)
+  @spec request(GenServer.server(), String.t(), [term], timeout, note) :: {:ok, term} | {:error, Error.t()}
+  def request(server, type, fields, timeout, note \\ nil) do
+    with {:ok, fields} <- encode(fields), do: call(server, {:request, type, fields, note}, timeout)
   end
 
-  @doc "Sends a demand; its messages go to `demand.to`."
-  @spec demand(GenServer.server(), demand, timeout) :: :ok | {:error, Error.t()}
-  def demand(server, demand, timeout), do: call(server, {:demand, demand}, timeout)
+  @doc "Sends a demand; its messages go to `delivery.to`."
+  @spec demand(GenServer.server(), Delivery.t(), timeout) :: :ok | {:error, Error.t()}
+  def demand(server, delivery, timeout), do: call(server, {:demand, delivery}, timeout)
 
   @doc "Sends a demand without waiting; a refusal arrives as `:demand_error`, like any other end."
-  @spec cast_demand(pid, demand) :: :ok
-  def cast_demand(server, demand), do: GenServer.cast(server, {:demand, demand})
+  @spec cast_demand(pid, Delivery.t()) :: :ok
+  def cast_demand(server, delivery), do: GenServer.cast(server, {:demand, delivery})
 
   @doc "Cancels a demand; its terminal message follows. Does nothing for one that has ended."
   @spec cancel(GenServer.server(), reference) :: :ok
@@ -81,16 +106,22 @@ defmodule DemandPort.Connection do
   @spec abandon(GenServer.server(), reference) :: :ok
   def abandon(server, ref), do: GenServer.cast(server, {:abandon, ref})
 
-  @doc "The error of everything that was open, or is asked for, while there is no service."
-  @spec unavailable(String.t()) :: Error.t()
-  def unavailable(text), do: Error.new(:backend_unavailable, text, retryable: true)
+  @doc "The consumer of a demand took `n` chunks, where credit follows that."
+  @spec consumed(GenServer.server(), reference, pos_integer) :: :ok
+  def consumed(server, ref, n), do: GenServer.cast(server, {:consumed, ref, n})
 
-  defp call(server, message, timeout) do
+  @doc "Calls the connection itself."
+  @spec call(GenServer.server(), term, timeout) :: term
+  def call(server, message, timeout) do
     GenServer.call(server, message, timeout)
   catch
     :exit, {:timeout, _} -> {:error, Error.new(:deadline_exceeded, "no reply within #{timeout} ms")}
     :exit, {_reason, {GenServer, :call, _}} -> {:error, unavailable("the connection is not running")}
   end
+
+  @doc "The error of everything that was open, or is asked for, while there is no service."
+  @spec unavailable(String.t()) :: Error.t()
+  def unavailable(text), do: Error.new(:backend_unavailable, text, retryable: true)
 
   defp encode(fields) do
     Enum.reduce_while(Enum.reverse(fields), {:ok, []}, fn field, {:ok, encoded} ->
@@ -104,155 +135,326 @@ defmodule DemandPort.Connection do
   ## Start
 
   @impl true
+  def callback_mode, do: :state_functions
+
+  @impl true
   def init(options) do
-    # An exit of the port is a message, and a shutdown runs terminate/2, which tells everyone who waits.
+    # An exit of the port is a message, and a shutdown runs terminate/3, which tells everyone who waits.
     Process.flag(:trap_exit, true)
     # A flood of frames stays off this process's heap, where the garbage collector would copy it.
     Process.flag(:message_queue_data, :off_heap)
+    {:ok, tasks} = Task.Supervisor.start_link()
+    data = %Data{options: options, tasks: tasks, protocol: Protocol.new(options[:max_frame_bytes])}
 
-    case Launch.open(options) do
-      {:ok, port} ->
-        Process.send_after(self(), :start_timeout, options[:start_timeout_ms])
-        {:ok, %State{port: port, protocol: Protocol.new(options[:max_frame_bytes]), options: options}}
+    case launch(data) do
+      {:ok, data} -> {:ok, :starting, data, start_actions(data)}
+      {:error, error} -> {:stop, error}
+    end
+  end
+
+  defp launch(data) do
+    with {:ok, port} <- Launch.open(data.options) do
+      {:ok, %{data | port: port, started: System.monotonic_time()}}
+    end
+  end
+
+  defp start_actions(data), do: [{:state_timeout, data.options[:start_timeout_ms], :not_ready}]
+
+  ## The states
+
+  @doc false
+  def starting(:state_timeout, :not_ready, data) do
+    text = "the service was not ready within #{data.options[:start_timeout_ms]} ms"
+    lost(unavailable(text), data)
+  end
+
+  def starting(type, content, data), do: common(type, content, data)
+
+  @doc false
+  def ready({:timeout, :health}, :ask, data), do: {:keep_state, ask_health(data), health_actions(data)}
+
+  def ready({:call, from}, {:restart, timeout_ms}, data) do
+    case drain(data, timeout_ms) do
+      {:ok, data} -> {:next_state, :draining, %{data | held: [], restarting: [from]}}
+      {:error, error} -> {:keep_state, data, {:reply, from, {:error, error}}}
+    end
+  end
+
+  def ready(type, content, data), do: common(type, content, data)
+
+  @doc false
+  def draining({:call, from}, {:restart, _timeout_ms}, data) do
+    {:keep_state, %{data | restarting: [from | data.restarting]}}
+  end
+
+  def draining(:internal, :drained, data) do
+    close(data.port)
+    error = unavailable("the service was restarted")
+    data |> flush_port() |> fail_sent(error) |> start_again()
+  end
+
+  def draining(type, content, data), do: common(type, content, data)
+
+  @doc false
+  def down(:state_timeout, :start, data), do: start_again(data)
+  def down(type, content, data), do: common(type, content, data)
+
+  ## What is the same in every state: from callers
+
+  defp common({:call, from}, {:request, type, fields, note}, data) do
+    case open(data, &Protocol.request(&1, type, fields)) do
+      {:ok, id, data} -> {:keep_state, own(data, id, {:call, from, note})}
+      {:error, error} -> {:keep_state, data, {:reply, from, {:error, error}}}
+    end
+  end
+
+  defp common({:call, from}, {:demand, delivery}, data) do
+    case open_demand(data, delivery) do
+      {:ok, data} -> {:keep_state, data, {:reply, from, :ok}}
+      {:error, error} -> {:keep_state, data, {:reply, from, {:error, error}}}
+    end
+  end
+
+  defp common({:call, from}, {:restart, _timeout_ms}, data) do
+    # It is on its way already.
+    {:keep_state, %{data | restarting: [from | data.restarting]}}
+  end
+
+  defp common({:call, from}, {:subscribe, session, subscriber, options}, data) do
+    {since, subscriptions} = Subscriptions.add(data.subscriptions, session, subscriber, options)
+    data = %{data | subscriptions: subscriptions}
+
+    case subscribe(data, session, since) do
+      {:ok, id, data} ->
+        {:keep_state, own(data, id, {:call, from, {:subscribed, session, subscriber}})}
 
       {:error, error} ->
-        {:stop, error}
+        {:keep_state, unsubscribe(data, session, subscriber), {:reply, from, {:error, error}}}
     end
   end
 
-  ## From callers
-
-  @impl true
-  def handle_call({:request, type, fields}, from, state) do
-    case open(state, &Protocol.request(&1, type, fields)) do
-      {:ok, id, state} -> {:noreply, own(state, id, {:call, from})}
-      {:error, error} -> {:reply, {:error, error}, state}
-    end
+  defp common({:call, from}, {:unsubscribe, session, subscriber}, data) do
+    {:keep_state, unsubscribe(data, session, subscriber), {:reply, from, :ok}}
   end
 
-  def handle_call({:demand, demand}, _from, state) do
-    case open_demand(state, demand) do
-      {:ok, state} -> {:reply, :ok, state}
-      {:error, error} -> {:reply, {:error, error}, state}
-    end
-  end
+  defp common({:call, from}, :info, data), do: {:keep_state, data, {:reply, from, {:ok, about(data)}}}
 
-  @impl true
-  def handle_cast({:demand, demand}, state) do
-    case open_demand(state, demand) do
-      {:ok, state} ->
-        {:noreply, state}
+  defp common(:cast, {:demand, delivery}, data) do
+    case open_demand(data, delivery) do
+      {:ok, data} ->
+        {:keep_state, data}
 
       {:error, error} ->
-        deliver(demand, {:demand_error, demand.node, error})
-        {:noreply, state}
+        Delivery.deliver(delivery, {:demand_error, delivery.node, error})
+        :keep_state_and_data
     end
   end
 
-  def handle_cast({:cancel, ref}, state) do
-    case state.refs do
-      %{^ref => id} -> {:noreply, send_cancel(state, id)}
-      _ -> {:noreply, state}
-    end
+  defp common(:cast, {:cancel, ref}, data), do: with_ref(data, ref, &send_cancel(data, &1))
+
+  defp common(:cast, {:abandon, ref}, data),
+    do: with_ref(data, ref, &(data |> release(&1) |> send_cancel(&1)))
+
+  defp common(:cast, {:consumed, ref, n}, data) do
+    with_ref(data, ref, fn id ->
+      {:demand, delivery} = data.owners[id]
+      give(data, id, Delivery.consumed(delivery, n))
+    end)
   end
 
-  def handle_cast({:abandon, ref}, state) do
-    case state.refs do
-      %{^ref => id} -> {:noreply, state |> release(id) |> send_cancel(id)}
-      _ -> {:noreply, state}
-    end
+  # What a node of this program streams, and what it answers; late ones the service lets pass.
+  defp common(:cast, {:command, payload}, data), do: {:keep_state, command(data, payload)}
+
+  defp common(:cast, {:answer, call_id, payload}, data) do
+    {:keep_state, command(%{data | hosts: HostCalls.answered(data.hosts, call_id)}, payload)}
   end
 
   ## From the port
 
-  @impl true
-  def handle_info({port, {:data, payload}}, %{port: port} = state) do
-    {event, protocol} = Protocol.handle(state.protocol, payload)
-    event(event, %{state | protocol: protocol})
+  defp common(:info, {port, {:data, payload}}, %{port: port} = data) do
+    {event, protocol} = Protocol.handle(data.protocol, payload)
+    event(event, %{data | protocol: protocol})
   end
 
-  def handle_info({port, {:exit_status, status}}, %{port: port} = state) do
-    stop({:service_exited, status}, unavailable("the service ended with exit status #{status}"), state)
+  defp common(:info, {port, {:exit_status, status}}, %{port: port} = data) do
+    lost(unavailable("the service ended with exit status #{status}"), data)
   end
 
-  def handle_info({:EXIT, port, reason}, %{port: port} = state) do
-    stop({:port_closed, reason}, unavailable("the port was closed: #{inspect(reason)}"), state)
+  defp common(:info, {:EXIT, port, reason}, %{port: port} = data) do
+    lost(unavailable("the port was closed: #{inspect(reason)}"), data)
   end
 
-  def handle_info(:start_timeout, %{held: nil} = state), do: {:noreply, state}
+  # Of a port before this one.
+  defp common(:info, {port, _}, _data) when is_port(port), do: :keep_state_and_data
+  defp common(:info, {:EXIT, port, _reason}, _data) when is_port(port), do: :keep_state_and_data
 
-  def handle_info(:start_timeout, state) do
-    text = "the service was not ready within #{state.options[:start_timeout_ms]} ms"
-    stop(:start_timeout, unavailable(text), state)
-  end
+  ## From those who are watched
 
-  def handle_info({:DOWN, monitor, :process, _pid, _reason}, state) do
-    case state.monitors do
-      %{^monitor => id} -> {:noreply, state |> release(id) |> send_cancel(id)}
-      _ -> {:noreply, state}
+  defp common(:info, {:DOWN, monitor, :process, pid, reason}, data) do
+    cond do
+      is_map_key(data.monitors, monitor) -> {:keep_state, watcher_died(data, monitor)}
+      HostCalls.monitor?(data.hosts, monitor) -> {:keep_state, call_died(data, monitor, reason)}
+      true -> {:keep_state, drop_subscriber(data, pid)}
     end
   end
 
-  def handle_info({:EXIT, _pid, _reason}, state), do: {:noreply, state}
+  defp common(:info, {:kill, pid}, _data) do
+    Process.exit(pid, :kill)
+    :keep_state_and_data
+  end
 
-  def handle_info(message, state) do
+  defp common(:info, {:EXIT, pid, reason}, data) do
+    if pid == data.tasks, do: {:stop, reason, data}, else: :keep_state_and_data
+  end
+
+  defp common({:timeout, {:look, id}}, :again, data),
+    do: {:keep_state, look_again(data, id), look_actions(data, id)}
+
+  defp common({:timeout, :health}, :ask, data), do: {:keep_state_and_data, health_actions(data)}
+
+  defp common(:info, message, _data) do
     Logger.warning("unexpected message: #{inspect(message, limit: 20)}", domain: [:demand_port])
-    {:noreply, state}
+    :keep_state_and_data
   end
 
   @impl true
-  def terminate(reason, state) do
-    error = state.failure || unavailable("the connection stopped: #{inspect(reason, limit: 20)}")
-    Enum.each(state.owners, fn {_id, owner} -> fail(owner, error) end)
-    close(state.port)
+  def terminate(reason, _state, data) do
+    error = data.failure || unavailable("the connection stopped: #{inspect(reason, limit: 20)}")
+    Enum.each(data.owners, fn {_id, owner} -> fail(owner, error) end)
+    reply_all(data.restarting, {:error, error})
+    if data.port, do: close(data.port)
   end
 
   # Crash reports say how much was open, not what the values and prompts were.
   @impl true
-  def format_status(_reason, [_dictionary, %State{} = state]) do
-    [port: state.port, starting: state.held != nil, open: map_size(state.owners), failure: state.failure]
+  def format_status(_reason, [_dictionary, state, %Data{} = data]) do
+    [state: state, port: data.port, open: map_size(data.owners), failure: data.failure]
+  end
+
+  ## Losing the service, and the next one
+
+  defp lost(error, data) do
+    now = System.monotonic_time(:millisecond)
+    downs = [now | Enum.filter(data.downs, &(now - &1 < @restarts_within_ms))]
+    close(data.port)
+    # What it could not start with, it will not start with a second time either.
+    fatal = error.code == :unsupported_protocol
+    count = length(downs)
+    {again, delay} = {not fatal and count <= data.options[:max_restarts], delay_ms(count)}
+    measured = %{count: count, delay_ms: delay}
+    Telemetry.execute([:connection, :down], measured, %{server: self(), error: error})
+    data = data |> Map.put(:downs, downs) |> flush_port() |> fail_sent(error)
+
+    cond do
+      not again -> {:stop, {:shutdown, error}, %{data | failure: error}}
+      count == 1 -> start_again(data)
+      true -> {:next_state, :down, data, {:state_timeout, delay, :start}}
+    end
+  end
+
+  defp delay_ms(1), do: 0
+  defp delay_ms(count), do: min(@first_delay_ms * Integer.pow(2, min(count - 2, 10)), @longest_delay_ms)
+
+  # Everything that was sent is over. What is held was not sent, and is for the next service, unless this one never
+  # was ready: then nobody shall wait longer for the same.
+  defp fail_sent(data, error) do
+    held = if data.info, do: data.held || [], else: []
+    kept = Enum.map(held, &elem(&1, 0))
+    {waiting, sent} = Map.split(data.owners, kept)
+
+    data =
+      Enum.reduce(sent, data, fn {id, owner}, data ->
+        data |> forget(id, owner) |> tap(fn _ -> fail(owner, error) end)
+      end)
+
+    %{
+      data
+      | owners: waiting,
+        held: held,
+        port: nil,
+        info: nil,
+        protocol: Protocol.restarted(data.protocol, kept),
+        hosts: HostCalls.stop_all(data.hosts)
+    }
+  end
+
+  defp start_again(data) do
+    case launch(data) do
+      {:ok, data} -> {:next_state, :starting, data, start_actions(data)}
+      {:error, error} -> lost(error, %{data | port: nil})
+    end
+  end
+
+  defp flush_port(%{port: port} = data) do
+    receive do
+      {^port, _} -> flush_port(data)
+      {:EXIT, ^port, _} -> flush_port(data)
+    after
+      0 -> data
+    end
   end
 
   ## Events
 
-  defp event({:ready, info}, %{held: nil} = state), do: event({:unexpected, ["ready", info]}, state)
-
-  defp event({:ready, info}, state) do
+  defp event({:ready, info}, %{info: nil} = data) do
     if info["protocol"] == Protocol.version() do
-      {:noreply, become_ready(state)}
+      measured = %{duration: System.monotonic_time() - data.started}
+      about = %{server: self(), os_pid: info["os_pid"], version: info["version"]}
+      Telemetry.execute([:connection, :ready], measured, about)
+      data = become_ready(%{data | info: info})
+      {:next_state, :ready, data, health_actions(data)}
     else
       text = "the service speaks protocol #{inspect(info["protocol"])}, this client #{Protocol.version()}"
-      stop(:unsupported_protocol, Error.new(:unsupported_protocol, text), state)
+      lost(Error.new(:unsupported_protocol, text), data)
     end
   end
 
-  defp event({:reply, id, result}, state) do
-    {owner, state} = disown(state, id)
+  defp event({:ready, info}, data), do: event({:unexpected, ["ready", info]}, data)
 
-    case {owner, result} do
-      {{:call, from}, _} -> GenServer.reply(from, result)
-      {:hello, {:error, error}} -> warn("the service refused hello: #{Exception.message(error)}")
-      _ -> :ok
+  defp event({:reply, id, result}, data) do
+    {owner, data} = disown(data, id)
+    replied(owner, result, data)
+  end
+
+  defp event({:stream, id, message}, data) do
+    case data.owners do
+      %{^id => {:demand, delivery}} ->
+        data = give(data, id, Delivery.chunk(delivery, message))
+        {:keep_state, data, look_actions(data, id)}
+
+      _ ->
+        :keep_state_and_data
     end
-
-    {:noreply, state}
   end
 
-  defp event({:stream, id, message}, state), do: {:noreply, stream(state, id, message)}
-
-  defp event({:node_event, id, message}, state) do
-    with {:demand, demand, _, _} <- state.owners[id], do: deliver(demand, message)
-    {:noreply, state}
+  defp event({:node_event, id, message}, data) do
+    with {:demand, delivery} <- data.owners[id], do: Delivery.deliver(delivery, message)
+    :keep_state_and_data
   end
 
-  defp event({:terminal, id, message, _meta}, state) do
-    {owner, state} = disown(state, id)
-    with {:demand, demand, _, _} <- owner, do: deliver(demand, message)
-    {:noreply, state}
+  defp event({:session_event, session, event}, data) do
+    {:keep_state, %{data | subscriptions: Subscriptions.event(data.subscriptions, session, event)}}
   end
 
-  defp event({:log, level, logger, text, metadata}, state) do
-    if @levels[level] <= @levels[state.options[:log_level]] do
+  defp event({:terminal, id, message, meta}, data) do
+    {owner, data} = disown(data, id)
+    with {:demand, delivery} <- owner, do: Delivery.ended(delivery, message, meta)
+    {:keep_state, data}
+  end
+
+  defp event({:execute, call}, data) do
+    case HostCalls.start(data.hosts, call, data.tasks) do
+      {:ok, hosts} -> {:keep_state, %{data | hosts: hosts}}
+      {:error, error} -> {:keep_state, answer(data, call.id, {:error, error})}
+    end
+  end
+
+  defp event({:cancel_call, call_id}, data) do
+    {:keep_state, %{data | hosts: HostCalls.cancel(data.hosts, call_id)}}
+  end
+
+  defp event({:log, level, logger, text, metadata}, data) do
+    if @levels[level] <= @levels[data.options[:log_level]] do
       Logger.log(level, fn -> to_text(text) end,
         domain: [:demand_port],
         service_logger: logger,
@@ -260,154 +462,368 @@ defmodule DemandPort.Connection do
       )
     end
 
-    {:noreply, state}
+    :keep_state_and_data
   end
 
-  defp event({:goodbye, error}, state), do: stop({:goodbye, error.code}, error, state)
-  defp event({:broken, error}, state), do: stop({:unreadable, error.code}, error, state)
-  defp event(:part, state), do: {:noreply, state}
+  defp event({:goodbye, error}, data), do: lost(error, data)
+  defp event({:broken, error}, data), do: lost(error, data)
+  defp event(:part, data), do: {:keep_state, data}
 
-  defp event({:unexpected, message}, state) do
+  defp event({:unexpected, message}, data) do
     warn("the service sent what nothing open expects: #{inspect(message, limit: 20, printable_limit: 200)}")
-    {:noreply, state}
+    {:keep_state, data}
   end
 
-  defp become_ready(state) do
-    held = Enum.reverse(state.held)
-    Enum.reduce(held, hello(%{state | held: nil}), &send_held/2)
+  defp replied({:call, from, note}, result, data) do
+    :gen_statem.reply(from, result)
+    {:keep_state, noted(note, result, data)}
   end
 
-  defp hello(state) do
-    case open(state, &Protocol.hello(&1, @client)) do
-      {:ok, id, state} ->
-        own(state, id, :hello)
-
-      {:error, error} ->
-        warn("hello was not sent: #{Exception.message(error)}")
-        state
-    end
+  defp replied({:note, text}, {:error, error}, data) do
+    warn("#{text}: #{Exception.message(error)}")
+    {:keep_state, data}
   end
 
-  defp send_held({id, payload}, state) do
-    case Protocol.recheck(state.protocol, id, payload) do
+  defp replied({:restored, session}, {:error, error}, data) do
+    warn("the session #{session} could not be restored: #{Exception.message(error)}")
+    {:keep_state, %{data | sessions: Map.delete(data.sessions, session)}}
+  end
+
+  defp replied(:drained, _result, data), do: {:keep_state, data, {:next_event, :internal, :drained}}
+
+  defp replied(:health, {:ok, health}, data) do
+    measured = %{
+      memory_bytes: health["memory_bytes"],
+      demands: health["demands"]["open"],
+      sessions: health["sessions"]["open"],
+      unsent_bytes: health["unsent_bytes"]
+    }
+
+    Telemetry.execute([:health], measured, %{server: self(), health: health})
+    {:keep_state, data}
+  end
+
+  defp replied(_nobody, _result, data), do: {:keep_state, data}
+
+  defp noted({:opened, name, restore, host}, {:ok, _}, data) do
+    sessions = if restore, do: Map.put(data.sessions, name, restore), else: data.sessions
+    %{data | sessions: sessions, hosts: HostCalls.opened(data.hosts, name, host)}
+  end
+
+  defp noted({:edited, name, operations}, {:ok, _}, data) when is_map_key(data.sessions, name) do
+    %{data | sessions: Map.update!(data.sessions, name, &Restore.edited(&1, operations))}
+  end
+
+  defp noted({:closed, name}, {:ok, _}, data) do
+    {subscribers, subscriptions} = Subscriptions.close(data.subscriptions, name)
+    Enum.each(subscribers, &Process.demonitor(&1, [:flush]))
+
+    %{
+      data
+      | sessions: Map.delete(data.sessions, name),
+        subscriptions: subscriptions,
+        hosts: HostCalls.closed(data.hosts, name)
+    }
+  end
+
+  defp noted({:subscribed, session, subscriber}, {:error, _}, data),
+    do: unsubscribe(data, session, subscriber)
+
+  defp noted({:subscribed, session, subscriber}, {:ok, %{"next" => next}}, data) do
+    %{data | subscriptions: Subscriptions.begin_at(data.subscriptions, session, subscriber, next)}
+  end
+
+  defp noted(_nothing, _result, data), do: data
+
+  ## Ready
+
+  defp become_ready(data) do
+    held = Enum.reverse(data.held)
+    reply_all(data.restarting, :ok)
+    data = %{data | held: nil, restarting: []} |> hello() |> restore() |> subscribe_again()
+    Enum.reduce(held, data, &send_held/2)
+  end
+
+  defp hello(data), do: send_own(data, {:note, "the service refused hello"}, &Protocol.hello(&1, @client))
+
+  defp restore(data) do
+    requests =
+      for {name, session} <- data.sessions, request <- Restore.requests(session, name), do: {name, request}
+
+    Enum.reduce(requests, data, fn {name, {type, fields}}, data ->
+      send_own(data, {:restored, name}, &Protocol.request(&1, type, fields))
+    end)
+  end
+
+  # A new service counts from 0 again.
+  defp subscribe_again(data) do
+    data = %{data | subscriptions: Subscriptions.from_the_start(data.subscriptions)}
+
+    Enum.reduce(Subscriptions.sessions(data.subscriptions), data, fn session, data ->
+      text = "the events of session #{session} are not subscribed to any more"
+      send_own(data, {:note, text}, &Protocol.request(&1, "subscribe", [session, %{"since" => 0}]))
+    end)
+  end
+
+  defp send_held({id, payload}, data) do
+    case Protocol.recheck(data.protocol, id, payload) do
       {:ok, _protocol} ->
-        transmit(state, id, payload)
+        transmit(data, id, payload)
 
       {:error, error, protocol} ->
-        {owner, state} = disown(%{state | protocol: protocol}, id)
+        {owner, data} = disown(%{data | protocol: protocol}, id)
         fail(owner, error)
-        state
+        data
     end
   end
 
-  # The credit of what was delivered is given back here, by delivery.
-  defp stream(state, id, message) do
-    case state.owners do
-      %{^id => {:demand, demand, credit, monitor}} ->
-        if demand.stream, do: deliver(demand, message)
-        {grant, credit} = Credit.delivered(credit)
-        if grant > 0, do: command(state, Protocol.credit(id, grant))
-        own(state, id, {:demand, demand, credit, monitor})
+  ## Credit
+
+  # The credit of what was taken is given back here: by delivery and the look of a mailbox, or as the consumer says.
+  defp give(data, id, {grant, delivery}) do
+    data = own(data, id, {:demand, delivery})
+    if grant > 0, do: command(data, Protocol.credit(id, grant)), else: data
+  end
+
+  defp look_again(data, id) do
+    case data.owners do
+      %{^id => {:demand, delivery}} -> give(data, id, Delivery.grant(delivery))
+      _ -> data
+    end
+  end
+
+  defp look_actions(data, id) do
+    case data.owners do
+      %{^id => {:demand, delivery}} ->
+        if Delivery.stalled?(delivery), do: [{{:timeout, {:look, id}}, @look_again_ms, :again}], else: []
 
       _ ->
-        state
+        []
     end
   end
 
   ## Requests
 
-  defp open_demand(state, demand) do
-    window = if demand.credit == nil, do: state.options[:credit], else: demand.credit
-    options = with_credit(demand.options, window)
+  defp open_demand(data, delivery) do
+    window = if delivery.window == nil, do: data.options[:credit], else: delivery.window
 
-    with {:ok, id, state} <- open(state, &Protocol.demand(&1, demand.session, demand.node, options)) do
-      monitor = Process.monitor(demand.watch)
+    with {:ok, id, data} <- open(data, &to_wire(&1, delivery, window)) do
+      delivery = delivery |> broadcast(data.tasks) |> Delivery.opened(window)
 
       {:ok,
        %{
-         own(state, id, {:demand, demand, Credit.new(window), monitor})
-         | refs: Map.put(state.refs, demand.ref, id),
-           monitors: Map.put(state.monitors, monitor, id)
+         own(data, id, {:demand, delivery})
+         | refs: Map.put(data.refs, delivery.ref, id),
+           monitors:
+             Enum.reduce(delivery.monitors, data.monitors, fn {monitor, _}, all ->
+               Map.put(all, monitor, id)
+             end)
        }}
     end
   end
 
-  defp with_credit(options, :infinity), do: options
-  defp with_credit(options, window), do: Map.put(options, "credit", window)
+  defp to_wire(protocol, %{node: nodes} = delivery, _window) when is_list(nodes) do
+    Protocol.demand_many(protocol, delivery.session, nodes, delivery.options)
+  end
 
-  defp open(state, build) do
-    with :ok <- room(state),
-         {:ok, id, payload, protocol} <- build.(state.protocol) do
-      {:ok, id, transmit(%{state | protocol: protocol}, id, payload)}
+  defp to_wire(protocol, delivery, :infinity) do
+    Protocol.demand(protocol, delivery.session, delivery.node, delivery.options)
+  end
+
+  defp to_wire(protocol, delivery, window) do
+    Protocol.demand(protocol, delivery.session, delivery.node, Map.put(delivery.options, "credit", window))
+  end
+
+  # An adapter's code runs in a process of its own, whose mailbox is the demand's.
+  defp broadcast(%{to: [{:broadcast, to}]} = delivery, tasks) do
+    {:ok, pid} = Task.Supervisor.start_child(tasks, DemandPort.Broadcaster, :forward, [to])
+    %{delivery | to: [pid]}
+  end
+
+  defp broadcast(delivery, _tasks), do: delivery
+
+  defp open(data, build) do
+    with :ok <- room(data),
+         {:ok, id, payload, protocol} <- build.(data.protocol) do
+      {:ok, id, transmit(%{data | protocol: protocol}, id, payload)}
+    end
+  end
+
+  # Sends a request of the connection's own.
+  defp send_own(data, owner, build) do
+    case open(data, build) do
+      {:ok, id, data} ->
+        own(data, id, owner)
+
+      {:error, error} ->
+        warn("a request was not sent: #{Exception.message(error)}")
+        data
     end
   end
 
   defp room(%{held: nil}), do: :ok
 
-  # Until the service is ready, every open request is a held one.
-  defp room(%{protocol: protocol, options: options}) do
+  defp room(%{held: held, options: options}) do
     max = options[:max_pending]
 
-    if map_size(protocol.open) < max do
+    if length(held) < max do
       :ok
     else
       {:error, Error.new(:queue_full, "the service is starting and #{max} requests wait", retryable: true)}
     end
   end
 
-  defp transmit(%{held: nil} = state, _id, payload) do
-    command(state, payload)
-    state
-  end
+  defp transmit(%{held: nil} = data, _id, payload), do: command(data, payload)
+  defp transmit(data, id, payload), do: %{data | held: [{id, payload} | data.held]}
 
-  defp transmit(state, id, payload), do: %{state | held: [{id, payload} | state.held]}
+  defp command(%{port: nil} = data, _payload), do: data
 
-  defp command(state, payload) do
-    Port.command(state.port, payload)
+  defp command(data, payload) do
+    Port.command(data.port, payload)
+    data
   rescue
     # The port has ended; its exit message is on the way and says so to everyone.
-    ArgumentError -> false
+    ArgumentError -> data
   end
 
-  defp send_cancel(state, demand_id) do
-    case open(state, &Protocol.request(&1, "cancel", [demand_id])) do
-      {:ok, id, state} ->
-        own(state, id, :nobody)
-
-      {:error, error} ->
-        warn("a cancel was not sent: #{Exception.message(error)}")
-        state
+  # One that is held still is not sent at all.
+  defp send_cancel(%{held: held} = data, demand_id) do
+    if held != nil and List.keymember?(held, demand_id, 0) do
+      {owner, data} = disown(%{data | held: List.keydelete(held, demand_id, 0)}, demand_id)
+      fail(owner, Error.new(:cancelled, "the demand was cancelled"))
+      %{data | protocol: Protocol.close(data.protocol, demand_id)}
+    else
+      send_now(data, :nobody, &Protocol.request(&1, "cancel", [demand_id]))
     end
+  end
+
+  # While draining, what is about running demands goes to the service that has them.
+  defp send_now(data, owner, build) do
+    case build.(data.protocol) do
+      {:ok, id, payload, protocol} -> %{data | protocol: protocol} |> command(payload) |> own(id, owner)
+      {:error, error} -> tap(data, fn _ -> warn("a request was not sent: #{Exception.message(error)}") end)
+    end
+  end
+
+  defp drain(data, timeout_ms) do
+    with {:ok, id, payload, protocol} <- Protocol.request(data.protocol, "drain", [timeout_ms]) do
+      {:ok, %{data | protocol: protocol} |> command(payload) |> own(id, :drained)}
+    end
+  end
+
+  defp ask_health(data), do: send_own(data, :health, &Protocol.request(&1, "health", []))
+
+  defp health_actions(data) do
+    case data.options[:health_interval_ms] do
+      :infinity -> []
+      interval -> [{{:timeout, :health}, interval, :ask}]
+    end
+  end
+
+  ## Subscriptions
+
+  defp subscribe(data, session, since) do
+    options = if since, do: %{"since" => since}, else: %{}
+    open(data, &Protocol.request(&1, "subscribe", [session, options]))
+  end
+
+  defp unsubscribe(data, session, subscriber) do
+    case Subscriptions.remove(data.subscriptions, session, subscriber) do
+      {:last, subscriptions} -> stop_events(%{data | subscriptions: subscriptions}, session)
+      {_, subscriptions} -> %{data | subscriptions: subscriptions}
+    end
+  end
+
+  defp drop_subscriber(data, pid) do
+    {empty, subscriptions} = Subscriptions.died(data.subscriptions, pid)
+    Enum.reduce(empty, %{data | subscriptions: subscriptions}, &stop_events(&2, &1))
+  end
+
+  defp stop_events(data, session),
+    do: send_own(data, :nobody, &Protocol.request(&1, "unsubscribe", [session]))
+
+  ## Calls of this program's nodes
+
+  defp call_died(data, monitor, reason) do
+    case HostCalls.died(data.hosts, monitor) do
+      {nil, hosts} -> %{data | hosts: hosts}
+      {call_id, hosts} -> answer(%{data | hosts: hosts}, call_id, {:error, HostCalls.crash(reason)})
+    end
+  end
+
+  defp answer(data, call_id, answer) do
+    {:ok, payload} = Protocol.answer(call_id, answer)
+    command(data, payload)
   end
 
   ## Owners
 
-  defp own(state, id, owner), do: %{state | owners: Map.put(state.owners, id, owner)}
+  defp own(data, id, owner), do: %{data | owners: Map.put(data.owners, id, owner)}
 
-  defp disown(state, id) do
-    state = forget(state, state.owners[id])
-    {owner, owners} = Map.pop(state.owners, id)
-    {owner, %{state | owners: owners}}
+  defp disown(data, id) do
+    {owner, owners} = Map.pop(data.owners, id)
+    {owner, forget(%{data | owners: owners}, id, owner)}
   end
 
   # Nobody receives the demand any more; its id stays open until the service has ended it.
-  defp release(state, id), do: state |> forget(state.owners[id]) |> own(id, :nobody)
+  defp release(data, id), do: data |> forget(id, data.owners[id]) |> own(id, :nobody)
 
-  defp forget(state, {:demand, demand, _credit, monitor}) do
-    Process.demonitor(monitor, [:flush])
-    %{state | refs: Map.delete(state.refs, demand.ref), monitors: Map.delete(state.monitors, monitor)}
+  defp forget(data, _id, {:demand, delivery}) do
+    Delivery.forget(delivery)
+
+    %{
+      data
+      | refs: Map.delete(data.refs, delivery.ref),
+        monitors: Map.drop(data.monitors, Map.keys(delivery.monitors))
+    }
   end
 
-  defp forget(state, _owner), do: state
+  defp forget(data, _id, _owner), do: data
 
-  defp deliver(%{tag: {:tag, tag}, to: to}, message), do: send(to, {tag, message})
-  defp deliver(%{tag: :untagged, to: to}, message), do: send(to, message)
+  defp watcher_died(data, monitor) do
+    {id, monitors} = Map.pop(data.monitors, monitor)
+    {:demand, delivery} = data.owners[id]
+    data = %{data | monitors: monitors}
 
-  defp fail({:call, from}, error), do: GenServer.reply(from, {:error, error})
-  defp fail({:demand, demand, _, _}, error), do: deliver(demand, {:demand_error, demand.node, error})
+    case Delivery.abandoned(delivery, monitor) do
+      {true, delivery} -> data |> own(id, {:demand, delivery}) |> release(id) |> send_cancel(id)
+      {false, delivery} -> own(data, id, {:demand, delivery})
+    end
+  end
+
+  defp with_ref(data, ref, change) do
+    case data.refs do
+      %{^ref => id} -> {:keep_state, change.(id)}
+      _ -> :keep_state_and_data
+    end
+  end
+
+  defp fail({:call, from, _note}, error), do: :gen_statem.reply(from, {:error, error})
+
+  defp fail({:demand, delivery}, error),
+    do: Delivery.ended(delivery, {:demand_error, delivery.node, error}, %{})
+
   defp fail(_nobody, _error), do: :ok
 
-  defp stop(reason, error, state), do: {:stop, reason, %{state | failure: error}}
+  defp reply_all(callers, reply), do: Enum.each(callers, &:gen_statem.reply(&1, reply))
+
+  defp about(data) do
+    demands = Enum.count(data.owners, &match?({_, {:demand, _}}, &1))
+
+    %{
+      os_pid: data.info["os_pid"],
+      version: data.info["version"],
+      limits: data.info["limits"],
+      open_requests: map_size(data.owners) - demands,
+      open_demands: demands,
+      held: length(data.held || []),
+      restarts: length(data.downs),
+      restorable_sessions: Map.keys(data.sessions),
+      host_calls: HostCalls.count(data.hosts)
+    }
+  end
+
+  defp close(nil), do: true
 
   defp close(port) do
     Port.close(port)

@@ -89,6 +89,24 @@ defmodule DemandPort.Error do
     }
   end
 
+  @doc """
+  The error object of the wire: of an error of this kind, of a text, or of any other term, which is shown.
+
+      iex> DemandPort.Error.to_wire("no such city")
+      %{"code" => "node_failed", "message" => "no such city", "details" => nil}
+  """
+  @spec to_wire(term) :: %{String.t() => term}
+  def to_wire(%__MODULE__{} = error) do
+    %{"code" => Atom.to_string(error.code), "message" => error.message, "details" => error.details}
+  end
+
+  def to_wire(text) when is_binary(text) do
+    %{"code" => "node_failed", "message" => text, "details" => nil}
+  end
+
+  def to_wire(exception) when is_exception(exception), do: to_wire(Exception.message(exception))
+  def to_wire(other), do: to_wire(inspect(other, limit: 50, printable_limit: 500))
+
   @impl true
   def message(%__MODULE__{code: code, node: nil, message: message}), do: "#{code}: #{message}"
 

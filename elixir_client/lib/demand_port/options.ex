@@ -18,8 +18,9 @@ defmodule DemandPort.Options do
   @timeout {:timeout, :timeout, 30_000, "how long to wait for the reply, in milliseconds"}
   @deadline {:deadline_ms, {:integer, 1}, :none,
              "time that the service gives the demand, from reading it; past it the error is `:deadline_exceeded`"}
+  @priority {:priority, {:within, -100, 100}, :none, "order among queued demands: higher runs first"}
   @shaping [
-    {:priority, :any_integer, :none, "order among queued demands: higher runs first"},
+    @priority,
     {:coalesce_ms, {:integer, 0}, :none,
      "holds streamed text back up to this time, so that chunks are fewer"},
     {:coalesce_bytes, {:integer, 1}, :none, "holds streamed text back up to this size"}
@@ -41,6 +42,10 @@ defmodule DemandPort.Options do
       {:start_timeout_ms, {:integer, 1}, 30_000, "time until the service must be ready"},
       {:max_pending, {:integer, 1}, 10_000, "requests held while the service starts; more are `:queue_full`"},
       {:credit, :credit, 64, "default of the demands' `credit`"},
+      {:max_restarts, {:integer, 0}, 5,
+       "times within a minute that the service is started anew after it was lost; one more ends the process"},
+      {:health_interval_ms, {:or, {:integer, 100}, [:infinity]}, :infinity,
+       "how often the service's health is asked for and reported by telemetry"},
       {:log_level, {:in, [:debug, :info, :warning, :error, :none]}, :info,
        "least level of the service's log messages that go to `Logger`"}
     ],
@@ -48,10 +53,51 @@ defmodule DemandPort.Options do
       {:session, :string, :none, "name of the session; default: a new unique one"},
       {:max_running, {:integer, 1}, :none, "demands of the session that run at once; 1 is a strict queue"},
       {:max_queued, {:integer, 0}, :none, "demands of the session that may wait; more are `:queue_full`"},
+      {:restore, :boolean, false,
+       "after the service was lost or restarted, opens the session again with its graph and inputs"},
+      {:host, :host, :none, "a module of `DemandPort.Host` that runs nodes here, or `{module, arg}`"},
+      {:host_types, :claims, :none,
+       "node types that the host runs, names or descriptors, or `:all`; default: what its module says"},
+      {:host_else, :claims, :none, "node types that the host runs where the service has none, or `:all`"},
+      {:host_timeout_ms, {:integer, 1}, :none, "time for an answer of the host; default five minutes"},
+      {:event_history, {:integer, 0}, :none, "events that are kept from the beginning on, for `subscribe/2`"},
       @timeout
     ],
+    subscribe: [
+      {:since, {:integer, 0}, :none, "number of the first event wanted; default: those that are yet to come"},
+      {:kinds, {:list, :string}, :none,
+       "the events wanted, by their names; failures and demands come always"},
+      {:tag, :any, :none, "each event arrives as `{tag, message}`"},
+      @timeout
+    ],
+    restart: [
+      {:drain_ms, {:integer, 0}, 30_000, "time for what runs to end; then it is cancelled"},
+      {:timeout, :timeout, 60_000, "how long to wait until the new service is ready, in milliseconds"}
+    ],
+    demand_many: [
+      {:mode, {:in, [:all, :try, :race]}, :all,
+       "`:try` cancels the rest at the first failure, `:race` at the first success"},
+      {:limit, {:integer, 1}, :none, "nodes that are evaluated at once; default: all"},
+      {:timeout, :timeout, 60_000, "time after which the demand is cancelled with `:deadline_exceeded`"},
+      @deadline,
+      @priority
+    ],
+    stream: [
+      {:timeout, :timeout, :infinity, "longest time between two elements, in milliseconds"},
+      {:credit, {:integer, 1}, 64, "chunks that may be on their way while none is taken"},
+      {:chunks, {:in, [:values, :messages]}, :values,
+       "elements: the chunks alone, or the messages, `{:node_stream, node, chunk}` and at last " <>
+         "`{:demand_complete, node, outputs}`"},
+      @deadline | @shaping
+    ],
     demand_async: [
-      {:to, :receiver, :none, "pid, name or `{name, node}` that receives the messages; default: the caller"},
+      {:to, :receivers, :none,
+       "pid, name or `{name, node}` that receives the messages, or a list of them; default: the caller. The demand " <>
+         "is cancelled when the last of them has died"},
+      {:broadcast, :broadcast, :none,
+       "`{adapter, server, topic}`: the messages are broadcast instead, see `DemandPort.Broadcaster`"},
+      {:owner, :owner, :none,
+       "the process whose death cancels the demand, or `:none`; default: the receivers, of a broadcast the caller"},
       {:tag, :any, :none, "each message arrives as `{tag, message}`"},
       {:credit, :credit, :none, "stream messages that may be under way; `:infinity` for no limit"},
       @deadline,
@@ -85,7 +131,7 @@ defmodule DemandPort.Options do
     "Graph.connect": [{:id, :string, :none, "name of the edge, for edits; default: one made of its ends"}]
   }
 
-  @plain ~w(close edit set_input clear_input get_output snapshot health ping validate models)a
+  @plain ~w(answer close edit set_input clear_input get_output snapshot health ping validate models info unsubscribe)a
   @functions Map.merge(@table, Map.new(@plain, &{&1, [@timeout]}))
 
   @doc "The options with defaults put in, or an `ArgumentError` that names the option, what it takes, and what it got."
@@ -143,6 +189,20 @@ defmodule DemandPort.Options do
   defp fits?(:filter, value), do: is_nil(value) or is_binary(value) or is_map(value)
   defp fits?(:position, {x, y}), do: is_number(x) and is_number(y)
   defp fits?(:position, _value), do: false
+  defp fits?({:within, least, most}, value), do: is_integer(value) and value in least..most
+  defp fits?({:or, type, choices}, value), do: value in choices or fits?(type, value)
+  defp fits?(:receivers, [_ | _] = values), do: Enum.all?(values, &fits?(:receiver, &1))
+  defp fits?(:receivers, value), do: fits?(:receiver, value)
+  defp fits?(:owner, value), do: is_pid(value) or value == :none
+  defp fits?(:broadcast, value), do: DemandPort.Broadcaster.valid?(value)
+  defp fits?(:host, {module, _arg}), do: fits?(:host, module)
+
+  defp fits?(:host, module),
+    do: is_atom(module) and module not in [nil, true, false] and Code.ensure_loaded?(module)
+
+  defp fits?(:claims, value),
+    do: value == :all or (is_list(value) and Enum.all?(value, &(is_binary(&1) or is_map(&1))))
+
   defp fits?(:receiver, {name, node}), do: is_atom(name) and is_atom(node)
   defp fits?(:receiver, value), do: is_pid(value) or (is_atom(value) and value not in [nil, true, false])
   defp fits?(:env, value) when is_list(value) or is_map(value), do: Enum.all?(value, &variable?/1)
@@ -163,6 +223,16 @@ defmodule DemandPort.Options do
   defp describe({:list, type}), do: "a list, each item #{describe(type)}"
   defp describe(:filter), do: "nil, a string or a map"
   defp describe(:position), do: "two numbers, {x, y}"
+  defp describe({:within, least, most}), do: "an integer from #{least} to #{most}"
+
+  defp describe({:or, type, choices}),
+    do: describe(type) <> ", or " <> Enum.map_join(choices, ", ", &inspect/1)
+
+  defp describe(:receivers), do: "a pid, a registered name, {name, node}, or a list of them"
+  defp describe(:owner), do: "a pid, or :none"
+  defp describe(:broadcast), do: "{adapter, server, topic} with an adapter that has broadcast/3, or Registry"
+  defp describe(:host), do: "a module, or {module, arg}"
+  defp describe(:claims), do: "a list of names and descriptors, or :all"
   defp describe(:receiver), do: "a pid, a registered name, or {name, node}"
   defp describe(:env), do: "a list or map of names (strings) to values (strings, or nil)"
 end

@@ -15,6 +15,9 @@ defmodule DemandPort.Protocol do
   | `{:stream, id, {:node_stream, node, chunk}}` | a chunk of an open demand |
   | `{:terminal, id, message, meta}` | `:demand_complete` or `:demand_error`; the demand is closed by it |
   | `{:node_event, id, {:node_event, session, event}}` | asked for by `events: true` |
+  | `{:session_event, session, event}` | asked for by a subscription |
+  | `{:execute, call}` | this program is to run a node; `call` has `id`, `session`, `node`, `node_type`, `inputs`, `options` |
+  | `{:cancel_call, call_id}` | nobody wants the answer to that call any more |
   | `{:log, level, logger, text, metadata}` | a line for the log |
   | `{:goodbye, error}` | the service ends the connection |
   | `:part` | a slice of a message whose other slices are to come |
@@ -38,15 +41,20 @@ defmodule DemandPort.Protocol do
 
   @type id :: pos_integer
   @type fields :: [term | {:encoded, iodata}]
-  @typedoc "What an open id is: a request by its type, or a demand with the node it is on."
-  @type kind :: {:request, String.t()} | {:demand, node :: String.t()}
-  @type terminal :: {:demand_complete, String.t(), map} | {:demand_error, String.t(), Error.t()}
+  @typedoc "What an open id is: a request by its type, or a demand with the node, or the nodes, it is on."
+  @type kind :: {:request, String.t()} | {:demand, node :: String.t() | [String.t()]}
+  @type terminal ::
+          {:demand_complete, String.t() | [String.t()], map | [map]}
+          | {:demand_error, String.t() | [String.t()], Error.t()}
   @type event ::
           {:ready, map}
           | {:reply, id, {:ok, term} | {:error, Error.t()}}
           | {:stream, id, {:node_stream, String.t(), term}}
           | {:terminal, id, terminal, map}
           | {:node_event, id, {:node_event, String.t(), map}}
+          | {:session_event, String.t(), map}
+          | {:execute, map}
+          | {:cancel_call, pos_integer}
           | {:log, Logger.level(), String.t(), String.t(), map}
           | {:goodbye, Error.t()}
           | :part
@@ -82,6 +90,35 @@ defmodule DemandPort.Protocol do
   @spec demand(t, String.t(), String.t(), map) :: {:ok, id, binary, t} | {:error, Error.t()}
   def demand(protocol, session, node, options) do
     open(protocol, {:demand, node}, "demand", [session, node | present(options)])
+  end
+
+  @doc "Opens a demand on several nodes, which has one terminal."
+  @spec demand_many(t, String.t(), [String.t()], map) :: {:ok, id, binary, t} | {:error, Error.t()}
+  def demand_many(protocol, session, nodes, options) do
+    open(protocol, {:demand, nodes}, "demand_many", [session, nodes | present(options)])
+  end
+
+  @doc "The answer to a call: what `DemandPort.Host` gave. Fails when it cannot be written."
+  @spec answer(pos_integer, {:ok, map} | {:error, term} | :unknown | term) ::
+          {:ok, binary} | {:error, Error.t()}
+  def answer(call_id, {:ok, outputs}) when is_map(outputs), do: payload("answer", [call_id, "ok", outputs])
+  def answer(call_id, {:error, error}), do: payload("answer", [call_id, "error", Error.to_wire(error)])
+
+  def answer(call_id, :unknown) do
+    answer(call_id, {:error, Error.new(:unknown_node_type, "the host does not run this type")})
+  end
+
+  def answer(call_id, other) do
+    text = "the host must answer {:ok, map}, {:error, reason} or :unknown, not #{inspect(other, limit: 5)}"
+    answer(call_id, {:error, Error.new(:node_failed, text)})
+  end
+
+  @doc "A chunk ahead of the answer to a call."
+  @spec answer_stream(pos_integer, term, String.t() | nil) :: {:ok, binary} | {:error, Error.t()}
+  def answer_stream(call_id, chunk, port), do: payload("answer_stream", [call_id, chunk, port])
+
+  defp payload(type, fields) do
+    with {:ok, bytes} <- Msgpack.encode_message(type, fields), do: {:ok, IO.iodata_to_binary(bytes)}
   end
 
   @doc "Allows `n` more stream messages of a demand; has no reply."
@@ -142,6 +179,12 @@ defmodule DemandPort.Protocol do
   defp present(options) when map_size(options) == 0, do: []
   defp present(options), do: [options]
 
+  @doc "The connection to a new service: of all that was open, only what it has not been sent yet is."
+  @spec restarted(t, [id]) :: t
+  def restarted(protocol, unsent) do
+    %{new(protocol.max_frame_bytes) | next_id: protocol.next_id, open: Map.take(protocol.open, unsent)}
+  end
+
   @doc "The kind of an open id, or nil."
   @spec kind(t, id) :: kind | nil
   def kind(protocol, id), do: Map.get(protocol.open, id)
@@ -195,6 +238,16 @@ defmodule DemandPort.Protocol do
     for_demand(protocol, id, message, {:node_event, id, {:node_event, session, event}})
   end
 
+  defp message(protocol, ["node_event", session, %{} = event]),
+    do: {{:session_event, session, event}, protocol}
+
+  defp message(protocol, ["node_execute", id, session, node, node_type, inputs, options]) do
+    call = %{id: id, session: session, node: node, node_type: node_type, inputs: inputs, options: options}
+    {{:execute, call}, protocol}
+  end
+
+  defp message(protocol, ["node_cancel", id]), do: {{:cancel_call, id}, protocol}
+
   defp message(protocol, ["log", level, logger, text, metadata]) when is_map_key(@levels, level) do
     {{:log, @levels[level], logger, text, metadata}, protocol}
   end
@@ -220,7 +273,9 @@ defmodule DemandPort.Protocol do
     end
   end
 
-  defp close(protocol, id), do: %{protocol | open: Map.delete(protocol.open, id)}
+  @doc "Nothing more is expected of that id."
+  @spec close(t, id) :: t
+  def close(protocol, id), do: %{protocol | open: Map.delete(protocol.open, id)}
 
   defp adopt(protocol, %{} = limits) do
     %{

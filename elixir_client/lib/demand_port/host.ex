@@ -1,0 +1,184 @@
+defmodule DemandPort.Host do
+  @moduledoc """
+  Nodes that this program runs itself: Elixir code in the middle of a graph.
+
+      defmodule MyApp.Nodes do
+        use DemandPort.Host
+
+        @impl true
+        def node_types, do: ["shout", "tool-executor", "rag-search"]
+
+        @impl true
+        def handle_node("shout", %{"text" => text}, _context), do: {:ok, %{"output" => String.upcase(text)}}
+
+        @impl true
+        def handle_tool("weather", %{"city" => city}, _context), do: {:ok, MyApp.Weather.of(city)}
+
+        @impl true
+        def handle_search(query, limit, _context), do: {:ok, MyApp.Documents.find(query, limit)}
+      end
+
+      {:ok, session} = DemandPort.open(port, graph, host: MyApp.Nodes)
+
+  Each call runs in a process of its own, supervised by the connection. A crash in it is the node's error
+  (`:node_failed`), and nothing else. When nobody wants the answer any more (cancel, deadline, the session's end), the
+  process is shut down as by a supervisor: it may trap exits to clean up, and has five seconds for it.
+
+  `stream/3` sends chunks before the answer; they reach whoever demanded, as any node's do.
+  """
+
+  alias DemandPort.{Error, Protocol, Telemetry}
+
+  defmodule Context do
+    @moduledoc """
+    What a call knows: the `session` and the `node`, its `node_type`, the `timeout_ms` for the answer, the `deadline_ms`
+    that is left to the demand (nil: none), its `priority`, and the `arg` of `host: {module, arg}`.
+    """
+
+    @enforce_keys [:connection, :call_id, :session, :node, :node_type]
+    defstruct [
+      :connection,
+      :call_id,
+      :session,
+      :node,
+      :node_type,
+      :timeout_ms,
+      :deadline_ms,
+      :arg,
+      priority: 0
+    ]
+
+    @type t :: %__MODULE__{
+            connection: pid,
+            call_id: pos_integer,
+            session: String.t(),
+            node: String.t(),
+            node_type: String.t(),
+            timeout_ms: pos_integer | nil,
+            deadline_ms: non_neg_integer | nil,
+            priority: integer,
+            arg: term
+          }
+  end
+
+  @type outputs :: %{optional(String.t() | atom) => term}
+  @typedoc "Outputs by port; an error as a text, a `DemandPort.Error` or any term; or `:unknown`, to hand the node back."
+  @type answer :: {:ok, outputs} | {:error, term} | :unknown
+  @typedoc "A module, or a module and what its calls find as `arg` in their context."
+  @type t :: module | {module, arg :: term}
+
+  @doc "Runs a node."
+  @callback handle_node(node_type :: String.t(), inputs :: %{String.t() => term}, Context.t()) :: answer
+
+  @doc "The node types that sessions opened with this host claim, names or descriptors, or `:all`."
+  @callback node_types() :: [String.t() | map] | :all
+
+  @doc "Runs a tool that a model called, or a `tool-executor` node; the result is any value."
+  @callback handle_tool(name :: String.t(), arguments :: term, Context.t()) :: {:ok, term} | {:error, term}
+
+  @doc "Finds documents for a `rag-search` node: the documents alone, or with the context they make for a prompt."
+  @callback handle_search(query :: String.t(), limit :: integer, Context.t()) ::
+              {:ok, [term]} | {:ok, [term], String.t()} | {:error, term}
+
+  @optional_callbacks node_types: 0, handle_tool: 3, handle_search: 3, handle_node: 3
+
+  @doc false
+  defmacro __using__(_options) do
+    quote do
+      @behaviour DemandPort.Host
+    end
+  end
+
+  @doc """
+  Sends a chunk ahead of the answer, on `port` (without it on the node's first). Does not wait.
+
+  Chunks of text joined are the port's value, unless the answer gives one.
+  """
+  @spec stream(Context.t(), term, String.t() | nil) :: :ok | {:error, Error.t()}
+  def stream(%Context{} = context, chunk, port \\ nil) do
+    with {:ok, payload} <- Protocol.answer_stream(context.call_id, chunk, port) do
+      GenServer.cast(context.connection, {:command, payload})
+    end
+  end
+
+  @doc "What the host's module claims by itself; `[]` when it does not say."
+  @spec claims(t) :: [String.t() | map] | :all
+  def claims({module, _arg}), do: claims(module)
+
+  def claims(module) do
+    Code.ensure_loaded(module)
+    if function_exported?(module, :node_types, 0), do: module.node_types(), else: []
+  end
+
+  @doc false
+  # Runs one call in the calling process, which is the call's own, and sends the answer.
+  @spec run(t, map, pid) :: :ok
+  def run(host, call, connection) do
+    {module, arg} = if is_tuple(host), do: host, else: {host, nil}
+    context = context(call, connection, arg)
+    metadata = %{session: context.session, node: context.node, node_type: context.node_type}
+    started = System.monotonic_time()
+    Telemetry.execute([:host, :start], %{monotonic_time: started}, metadata)
+    answer = module |> answer(call.inputs, context) |> encoded(call.id)
+    Telemetry.execute([:host, :stop], %{duration: System.monotonic_time() - started}, metadata)
+    GenServer.cast(connection, {:answer, call.id, answer})
+  end
+
+  defp context(call, connection, arg) do
+    %Context{
+      connection: connection,
+      call_id: call.id,
+      session: call.session,
+      node: call.node,
+      node_type: call.node_type,
+      timeout_ms: call.options["timeout_ms"],
+      deadline_ms: call.options["deadline_ms"],
+      priority: call.options["priority"] || 0,
+      arg: arg
+    }
+  end
+
+  defp answer(module, inputs, %{node_type: "tool-executor"} = context) do
+    if function_exported?(module, :handle_tool, 3) do
+      with {:ok, result} <- module.handle_tool(inputs["tool"], inputs["arguments"], context),
+           do: {:ok, %{"result" => result}}
+    else
+      module.handle_node("tool-executor", inputs, context)
+    end
+  end
+
+  defp answer(module, inputs, %{node_type: "rag-search"} = context) do
+    if function_exported?(module, :handle_search, 3) do
+      case module.handle_search(inputs["query"], inputs["limit"], context) do
+        {:ok, documents} -> {:ok, %{"documents" => documents, "context" => joined(documents)}}
+        {:ok, documents, text} -> {:ok, %{"documents" => documents, "context" => text}}
+        {:error, reason} -> {:error, reason}
+      end
+    else
+      module.handle_node("rag-search", inputs, context)
+    end
+  end
+
+  defp answer(module, inputs, context), do: module.handle_node(context.node_type, inputs, context)
+
+  defp joined(documents) do
+    Enum.map_join(documents, "\n\n", fn
+      text when is_binary(text) -> text
+      %{"text" => text} when is_binary(text) -> text
+      %{text: text} when is_binary(text) -> text
+      other -> inspect(other)
+    end)
+  end
+
+  # What cannot travel is the node's error, as it is for every other node.
+  defp encoded(answer, id) do
+    case Protocol.answer(id, answer) do
+      {:ok, payload} ->
+        payload
+
+      {:error, error} ->
+        {:ok, payload} = Protocol.answer(id, {:error, error})
+        payload
+    end
+  end
+end
