@@ -277,7 +277,7 @@ defmodule DemandPort do
 
   @doc """
   Has the session's events sent to the caller, as `{:node_event, session, event}`, until it unsubscribes or dies, or the
-  session is closed. `event` is a map with `"event"`, `"node"`, `"seq"` and `"time_us"`: `protocol/SPEC.md`, section 10.
+  session is closed, or lost with its service. `event` is a map with `"event"`, `"node"`, `"seq"` and `"time_us"`: `protocol/SPEC.md`, section 10.
 
   Who comes back says `since:` with the number after the last one it had, and misses nothing that is still kept. After a
   restart of the service the numbers of a restored session begin at 0 again.
@@ -421,7 +421,10 @@ defmodule DemandPort do
 
     on_stream = options[:on_stream]
     delivery = delivery(session, node, options)
-    delivery = if on_stream, do: delivery, else: %{delivery | window: 0, stream: :never}
+
+    delivery =
+      if on_stream, do: %{delivery | stream: :consumed}, else: %{delivery | window: 0, stream: :never}
+
     wait(session.server, delivery, options[:timeout], on_stream)
   end
 
@@ -519,7 +522,7 @@ defmodule DemandPort do
     case begin(server, delivery) do
       {:ok, server, ref} ->
         try do
-          await(ref, on_stream, deadline(timeout))
+          await(server, ref, on_stream, deadline(timeout))
         after
           leave(server, ref)
         end
@@ -542,11 +545,12 @@ defmodule DemandPort do
     end
   end
 
-  defp await(ref, on_stream, deadline) do
+  defp await(server, ref, on_stream, deadline) do
     case next(ref, remaining(deadline)) do
       {:node_stream, node, chunk} ->
         on_stream.(node, chunk)
-        await(ref, on_stream, deadline)
+        Connection.consumed(server, ref, 1)
+        await(server, ref, on_stream, deadline)
 
       {:demand_complete, _node, outputs} ->
         {:ok, outputs}

@@ -62,7 +62,7 @@ defmodule DemandPort.ProtocolTest do
   end
 
   test "limits of ready are taken over, never above ours", %{protocol: protocol} do
-    limits = %{"max_frame_bytes" => 5_000, "max_open_requests" => 3}
+    limits = %{"max_frame_bytes" => 5_000, "max_open_requests" => 4}
     {{:ready, _}, protocol} = handle(protocol, ["ready", %{"protocol" => 1, "limits" => limits}])
 
     assert {:error, %Error{code: :too_large}} =

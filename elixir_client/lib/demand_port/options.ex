@@ -28,7 +28,7 @@ defmodule DemandPort.Options do
 
   @table %{
     start_link: [
-      {:name, :any, :none, "name to register the connection under"},
+      {:name, :name, :none, "name to register the connection under"},
       {:python, :string, :none,
        "the Python executable. Without it: `config :demand_port, :python`, then the environment's " <>
          "`DEMAND_PORT_PYTHON`, then the release's, then what `mix demand_port.install` made, then " <>
@@ -177,6 +177,9 @@ defmodule DemandPort.Options do
   defp name(function), do: "DemandPort.#{function}"
 
   defp fits?(:any, _value), do: true
+  defp fits?(:name, {:global, _name}), do: true
+  defp fits?(:name, {:via, module, _name}), do: is_atom(module)
+  defp fits?(:name, value), do: is_atom(value) and value not in [true, false, :undefined]
   defp fits?(:string, value), do: is_binary(value) and value != "" and String.valid?(value)
   defp fits?(:boolean, value), do: is_boolean(value)
   defp fits?(:any_integer, value), do: is_integer(value)
@@ -212,6 +215,7 @@ defmodule DemandPort.Options do
   defp variable?(_), do: false
 
   defp describe(:any), do: "any term"
+  defp describe(:name), do: "an atom, {:global, term} or {:via, module, term}"
   defp describe(:string), do: "a non-empty string"
   defp describe(:boolean), do: "true or false"
   defp describe(:any_integer), do: "an integer"

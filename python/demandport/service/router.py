@@ -355,6 +355,8 @@ class Service:
                 max_queued=options.max_queued,
                 resources=resources,
             )
+            if options.edits:
+                session.edit(options.edits)
         except BaseException:
             self._session_slots.release()
             raise
@@ -505,7 +507,15 @@ class Service:
             await self._demand_slots.empty()
         late = DeadlineExceeded("the service was drained")
         cancelled = sum(self._cancel_demand(id, late) for id in list(self._streams))
+        await self._all_sent()
         return {"completed": open_at_start - cancelled, "cancelled": cancelled}
+
+    async def _all_sent(self) -> None:
+        """Return once no large message waits: a host that is told so may close the connection."""
+        while self._outbox.waiting_bytes:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.on_room(waiter)
+            await waiter
 
 
 class _DemandOut:
