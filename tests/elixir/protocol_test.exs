@@ -75,6 +75,36 @@ defmodule DemandPort.ProtocolTest do
     {{:ready, _}, ^protocol} = handle(protocol, ["ready", %{"protocol" => 1}])
   end
 
+  test "each open demand has room for its cancel, also after a restart" do
+    limits = %{"max_open_requests" => 10}
+    {{:ready, _}, protocol} = handle(Protocol.new(100_000), ["ready", %{"protocol" => 1, "limits" => limits}])
+
+    open = fn protocol ->
+      Enum.reduce_while(1..11, {[], protocol}, fn _, {ids, protocol} ->
+        case Protocol.demand(protocol, "s", "n", %{}) do
+          {:ok, id, _, protocol} -> {:cont, {[id | ids], protocol}}
+          {:error, %Error{code: :queue_full}} -> {:halt, {ids, protocol}}
+        end
+      end)
+    end
+
+    cancel = fn id, protocol ->
+      assert {:ok, _, _, protocol} = Protocol.cancel(protocol, id)
+      protocol
+    end
+
+    assert {[_, _, _, _, last] = ids, protocol} = open.(protocol)
+    assert {:error, %Error{code: :queue_full}} = Protocol.request(protocol, "ping", [])
+    full = Enum.reduce(ids, protocol, cancel)
+    assert map_size(full.open) == 10
+    {{:terminal, ^last, _, _}, freed} = handle(full, ["demand_complete", "n", %{}, last, %{}])
+    assert {:error, %Error{code: :queue_full}} = Protocol.request(freed, "ping", [])
+
+    restarted = %{Protocol.restarted(protocol, [last]) | max_open_requests: 10}
+    assert {[_, _, _, _], restarted} = open.(restarted)
+    assert restarted |> Protocol.close(last) |> Protocol.close(last) |> Map.fetch!(:demands) == 4
+  end
+
   test "parts of several messages are joined, other messages between", %{protocol: protocol} do
     one = payload(["ok", 1, String.duplicate("a", 999)])
     two = payload(["demand_complete", "n", %{"b" => :binary.copy(<<0xFF>>, 1_999)}, 2, %{}])
