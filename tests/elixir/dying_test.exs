@@ -128,6 +128,7 @@ defmodule DemandPort.DyingTest do
     assert {owners, refs, monitors} == {%{}, %{}, %{}}
     assert {data.protocol.open, data.protocol.demands, data.hosts.monitors} == {%{}, 0, %{}}
     assert %{"demands" => %{"open" => 0}, "host_calls" => %{"open" => 0}} = DemandPort.health!(port)
+    assert eventually(fn -> Task.Supervisor.children(data.tasks) == [] end)
   end
 
   defp info(port), do: DemandPort.info!(port)
@@ -643,6 +644,48 @@ defmodule DemandPort.DyingTest do
   end
 
   describe "at the limits" do
+    test "a demand that waits for the start leaves its place, however it is given up" do
+      port = own(fake_options("mute", max_pending: 6))
+      session = %Session{server: port, name: "s"}
+      test = self()
+      [receiver, owner, of_broadcast] = for _ <- 1..3, do: party(fn -> :ok end)
+      caller = party(fn -> DemandPort.demand(session, "n") end)
+      DemandPort.demand_async!(session, "n", to: receiver)
+      DemandPort.demand_async!(session, "n", owner: owner, tag: :owned)
+      DemandPort.demand_async!(session, "n", owner: of_broadcast, broadcast: {__MODULE__.Raising, test, "t"})
+      demand = DemandPort.demand_async!(session, "n", tag: :cancelled)
+      assert {:error, %Error{code: :deadline_exceeded}} = DemandPort.demand(session, "n", timeout: 0)
+      assert eventually(fn -> info(port).held == 5 end)
+      assert %Demand{} = DemandPort.demand_async!(session, "n", tag: :last)
+      assert {:error, %Error{code: :queue_full}} = DemandPort.demand_async(session, "n")
+      Enum.each([receiver, owner, of_broadcast, caller], &kill/1)
+      for _ <- 1..2, do: DemandPort.cancel(demand)
+      for tag <- [:owned, :cancelled], do: assert(%Error{code: :cancelled} = outcome(tag))
+      assert_receive {:broadcast, {:workflow_error, "n", %Error{code: :cancelled}}}, @wait
+      assert eventually(fn -> match?(%{held: 1, open_demands: 1, open_requests: 0}, info(port)) end)
+      {:starting, data} = :sys.get_state(port)
+      assert {map_size(data.refs), map_size(data.monitors), data.protocol.demands} == {1, 1, 1}
+      end_connection(port, :stop)
+      assert %Error{code: :backend_unavailable} = outcome(:last)
+      refute_received {:broadcast, _}
+    end
+
+    test "a session whose opener gave up is closed again" do
+      port = own(fake_options("mute"))
+      assert {:error, %Error{code: :deadline_exceeded}} = DemandPort.open(port, graph(), timeout: 0)
+
+      assert {:error, %Error{code: :deadline_exceeded}} =
+               DemandPort.open(port, graph(), timeout: 0, session: "mine")
+
+      {:starting, data} = :sys.get_state(port)
+
+      assert [["open", 1, name | _], ["close", 2, name], ["open", 3, "mine" | _]] =
+               for(
+                 {_id, payload} <- Enum.reverse(data.held),
+                 do: DemandPort.Msgpack.decode_message(payload) |> elem(1)
+               )
+    end
+
     test "every demand can be cancelled, however much is open" do
       port = own(fake_options(""))
       session = %Session{server: port, name: "s"}
@@ -686,12 +729,14 @@ defmodule DemandPort.DyingTest do
       for n <- 1..100, do: send(self(), {:unrelated, n})
 
       on_stream = fn _node, _chunk ->
+        # The service has had time for all that it may.
+        :pong = DemandPort.ping(port)
         {:message_queue_len, length} = Process.info(self(), :message_queue_len)
         assert length <= 100 + 8
       end
 
       session = %Session{server: port, name: "s"}
-      assert {:ok, _} = DemandPort.demand(session, "stream-5000", credit: 8, on_stream: on_stream)
+      assert {:ok, _} = DemandPort.demand(session, "stream-500", credit: 8, on_stream: on_stream)
       {:message_queue_len, 100} = Process.info(self(), :message_queue_len)
     end
   end

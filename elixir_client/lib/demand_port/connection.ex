@@ -101,6 +101,10 @@ defmodule DemandPort.Connection do
   @spec cast_demand(pid, Delivery.t()) :: :ok
   def cast_demand(server, delivery), do: GenServer.cast(server, {:demand, delivery})
 
+  @doc "Closes a session whose `open` nobody waits for any more."
+  @spec close_session(GenServer.server(), String.t()) :: :ok
+  def close_session(server, name), do: GenServer.cast(server, {:close, name})
+
   @doc "Cancels a demand; its terminal message follows. Does nothing for one that has ended."
   @spec cancel(GenServer.server(), reference) :: :ok
   def cancel(server, ref), do: GenServer.cast(server, {:cancel, ref})
@@ -265,6 +269,10 @@ defmodule DemandPort.Connection do
         Delivery.deliver(delivery, {:demand_error, delivery.node, error})
         :keep_state_and_data
     end
+  end
+
+  defp common(:cast, {:close, name}, data) do
+    {:keep_state, send_own(data, {:closing, name}, &Protocol.request(&1, "close", [name]))}
   end
 
   defp common(:cast, {:cancel, ref}, data), do: with_ref(data, ref, &send_cancel(data, &1))
@@ -521,6 +529,8 @@ defmodule DemandPort.Connection do
     :gen_statem.reply(from, result)
     {:keep_state, noted(note, result, data)}
   end
+
+  defp replied({:closing, session}, result, data), do: {:keep_state, noted({:closed, session}, result, data)}
 
   defp replied({:note, text}, {:error, error}, data) do
     warn("#{text}: #{Exception.message(error)}")

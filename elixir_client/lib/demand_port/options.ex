@@ -15,6 +15,8 @@ defmodule DemandPort.Options do
   @type function_name :: atom
 
   # {name, type, default, meaning}; a default of :none leaves the option out.
+  # The longest time that the protocol carries, 2⁴⁰ ms.
+  @longest_ms 1_099_511_627_776
   @timeout {:timeout, :timeout, 30_000, "how long to wait for the reply, in milliseconds"}
   @deadline {:deadline_ms, {:integer, 1}, :none,
              "time that the service gives the demand, from reading it; past it the error is `:deadline_exceeded`"}
@@ -71,7 +73,7 @@ defmodule DemandPort.Options do
       @timeout
     ],
     restart: [
-      {:drain_ms, {:integer, 0}, 30_000, "time for what runs to end; then it is cancelled"},
+      {:drain_ms, {:within, 0, @longest_ms}, 30_000, "time for what runs to end; then it is cancelled"},
       {:timeout, :timeout, 60_000, "how long to wait until the new service is ready, in milliseconds"}
     ],
     demand_many: [
@@ -126,7 +128,9 @@ defmodule DemandPort.Options do
       @timeout
     ],
     node_types: [{:filter, :filter, nil, "a node type, or `%{\"category\" => name}`"}, @timeout],
-    drain: [{:timeout_ms, {:integer, 0}, 30_000, "time after which running demands are cancelled"}],
+    drain: [
+      {:timeout_ms, {:within, 0, @longest_ms}, 30_000, "time after which running demands are cancelled"}
+    ],
     "Graph.node": [{:position, :position, :none, "where an editor draws the node, `{x, y}`"}],
     "Graph.connect": [{:id, :string, :none, "name of the edge, for edits; default: one made of its ends"}]
   }
