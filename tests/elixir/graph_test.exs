@@ -159,6 +159,8 @@ defmodule DemandPort.GraphTest do
         {%{nodes: [%{id: "a", node_type: 5}]}, "nodes[0].node_type must be a string"},
         {%{nodes: [%{id: "a", data: []}]}, "nodes[0].data must be a map"},
         {%{nodes: [%{id: "a", position: [1]}]}, "nodes[0].position must be"},
+        {%{nodes: [%{id: "a", position: %{x: 1}}]}, "nodes[0].position must be"},
+        {%{nodes: [%{id: "a", position: %{x: 1, y: "2"}}]}, "nodes[0].position must be"},
         {%{nodes: [%{:id => "a", "id" => "b"}]}, "nodes[0] has a key twice"},
         {%{nodes: [%{1 => 2}]}, "nodes[0] has the key 1"},
         {%{nodes: [], edges: nil}, "a list of edges"},
