@@ -32,7 +32,7 @@ DIALYZER = ERL_LIBS=$$(elixir -e 'IO.puts(Path.dirname(:code.lib_dir(:elixir)))'
 
 dialyzer: .elixir-found $(PLT)
 	MIX_ENV=dev mix compile --warnings-as-errors
-	$(DIALYZER) --plt $(PLT) -Wunmatched_returns -Wmissing_return _build/dev/lib/demand_port/ebin
+	$(DIALYZER) --plt $(PLT) _build/dev/lib/demand_port/ebin
 
 $(PLT):
 	@command -v dialyzer >/dev/null || { echo "dialyzer is missing (Debian: apt-get install erlang-dialyzer)" >&2; exit 1; }
