@@ -239,10 +239,12 @@ defmodule DemandPort.Protocol do
     for_demand(protocol, id, message, {:node_event, id, {:node_event, session, event}})
   end
 
-  defp message(protocol, ["node_event", session, %{} = event]),
-    do: {{:session_event, session, event}, protocol}
+  defp message(protocol, ["node_event", session, %{"seq" => seq} = event]) when is_integer(seq) do
+    {{:session_event, session, event}, protocol}
+  end
 
-  defp message(protocol, ["node_execute", id, session, node, node_type, inputs, options]) do
+  defp message(protocol, ["node_execute", id, session, node, node_type, inputs, options])
+       when is_integer(id) and is_map(inputs) and is_map(options) and not is_struct(options) do
     call = %{id: id, session: session, node: node, node_type: node_type, inputs: inputs, options: options}
     {{:execute, call}, protocol}
   end
