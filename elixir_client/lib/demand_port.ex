@@ -20,7 +20,7 @@ defmodule DemandPort do
   graph unchanged. NaN and the infinities are `:nan`, `:infinity` and `:neg_infinity`.
 
   Every function that asks the service returns `{:error, %DemandPort.Error{}}` when it refuses; with the code
-  `:deadline_exceeded` when there was no reply in time, and `:backend_unavailable` when the service is not there.
+  `:deadline_exceeded` when there was no reply in time (the request may take effect all the same), and `:backend_unavailable` when the service is not there.
   An option that is not known or does not fit raises `ArgumentError`. When the service ends, everything open ends
   with `:backend_unavailable`, and a new one is started; sessions that were opened with `restore: true` are there again,
   the others are to be opened anew. Functions with a `!` return the result alone, and raise the error.
@@ -198,6 +198,13 @@ defmodule DemandPort do
          note = {:opened, name, restore, options[:host]},
          {:ok, opened} <- Connection.request(port, "open", [name, graph, sent], options[:timeout], note) do
       {:ok, %Session{server: port, name: name, problems: opened["problems"] || []}}
+    else
+      {:error, error} ->
+        # It may be opened yet, under a name that nobody has been told. One that was given may be another's, too.
+        if error.code == :deadline_exceeded and options[:session] == nil,
+          do: Connection.close_session(port, name)
+
+        {:error, error}
     end
   end
 
@@ -277,7 +284,7 @@ defmodule DemandPort do
 
   @doc """
   Has the session's events sent to the caller, as `{:node_event, session, event}`, until it unsubscribes or dies, or the
-  session is closed. `event` is a map with `"event"`, `"node"`, `"seq"` and `"time_us"`: `protocol/SPEC.md`, section 10.
+  session is closed, or lost with its service. `event` is a map with `"event"`, `"node"`, `"seq"` and `"time_us"`: `protocol/SPEC.md`, section 10.
 
   Who comes back says `since:` with the number after the last one it had, and misses nothing that is still kept. After a
   restart of the service the numbers of a restored session begin at 0 again.
@@ -326,6 +333,9 @@ defmodule DemandPort do
 
   @doc """
   Demands a node and returns at once; the messages go to the caller. The demand is cancelled when its receiver dies.
+
+  When the connection itself is killed, nobody is left to say so: who must know monitors it, as `demand/3` and
+  `stream/3` do.
 
   No more of its chunks are under way, or wait in the receiver's mailbox, than `credit` says: the service is held back
   while the mailbox holds more. (That of a process on another node cannot be looked into.)
@@ -421,7 +431,10 @@ defmodule DemandPort do
 
     on_stream = options[:on_stream]
     delivery = delivery(session, node, options)
-    delivery = if on_stream, do: delivery, else: %{delivery | window: 0, stream: :never}
+
+    delivery =
+      if on_stream, do: %{delivery | stream: :consumed}, else: %{delivery | window: 0, stream: :never}
+
     wait(session.server, delivery, options[:timeout], on_stream)
   end
 
@@ -519,7 +532,7 @@ defmodule DemandPort do
     case begin(server, delivery) do
       {:ok, server, ref} ->
         try do
-          await(ref, on_stream, deadline(timeout))
+          await(server, ref, on_stream, deadline(timeout))
         after
           leave(server, ref)
         end
@@ -542,11 +555,12 @@ defmodule DemandPort do
     end
   end
 
-  defp await(ref, on_stream, deadline) do
+  defp await(server, ref, on_stream, deadline) do
     case next(ref, remaining(deadline)) do
       {:node_stream, node, chunk} ->
         on_stream.(node, chunk)
-        await(ref, on_stream, deadline)
+        Connection.consumed(server, ref, 1)
+        await(server, ref, on_stream, deadline)
 
       {:demand_complete, _node, outputs} ->
         {:ok, outputs}

@@ -62,7 +62,7 @@ defmodule DemandPort.ProtocolTest do
   end
 
   test "limits of ready are taken over, never above ours", %{protocol: protocol} do
-    limits = %{"max_frame_bytes" => 5_000, "max_open_requests" => 3}
+    limits = %{"max_frame_bytes" => 5_000, "max_open_requests" => 4}
     {{:ready, _}, protocol} = handle(protocol, ["ready", %{"protocol" => 1, "limits" => limits}])
 
     assert {:error, %Error{code: :too_large}} =
@@ -73,6 +73,36 @@ defmodule DemandPort.ProtocolTest do
     odd = %{"max_frame_bytes" => -1, "max_open_requests" => nil}
     {{:ready, _}, ^protocol} = handle(protocol, ["ready", %{"protocol" => 1, "limits" => odd}])
     {{:ready, _}, ^protocol} = handle(protocol, ["ready", %{"protocol" => 1}])
+  end
+
+  test "each open demand has room for its cancel, also after a restart" do
+    limits = %{"max_open_requests" => 10}
+    {{:ready, _}, protocol} = handle(Protocol.new(100_000), ["ready", %{"protocol" => 1, "limits" => limits}])
+
+    open = fn protocol ->
+      Enum.reduce_while(1..11, {[], protocol}, fn _, {ids, protocol} ->
+        case Protocol.demand(protocol, "s", "n", %{}) do
+          {:ok, id, _, protocol} -> {:cont, {[id | ids], protocol}}
+          {:error, %Error{code: :queue_full}} -> {:halt, {ids, protocol}}
+        end
+      end)
+    end
+
+    cancel = fn id, protocol ->
+      assert {:ok, _, _, protocol} = Protocol.cancel(protocol, id)
+      protocol
+    end
+
+    assert {[_, _, _, _, last] = ids, protocol} = open.(protocol)
+    assert {:error, %Error{code: :queue_full}} = Protocol.request(protocol, "ping", [])
+    full = Enum.reduce(ids, protocol, cancel)
+    assert map_size(full.open) == 10
+    {{:terminal, ^last, _, _}, freed} = handle(full, ["demand_complete", "n", %{}, last, %{}])
+    assert {:error, %Error{code: :queue_full}} = Protocol.request(freed, "ping", [])
+
+    restarted = %{Protocol.restarted(protocol, [last]) | max_open_requests: 10}
+    assert {[_, _, _, _], restarted} = open.(restarted)
+    assert restarted |> Protocol.close(last) |> Protocol.close(last) |> Map.fetch!(:demands) == 4
   end
 
   test "parts of several messages are joined, other messages between", %{protocol: protocol} do

@@ -1,7 +1,7 @@
 defmodule DemandPort.UnitsTest do
   use ExUnit.Case, async: true
 
-  alias DemandPort.{Credit, Error, Launch, Options}
+  alias DemandPort.{Credit, Error, Launch, Options, Restore, Subscriptions}
 
   doctest Error
   doctest Credit
@@ -67,6 +67,20 @@ defmodule DemandPort.UnitsTest do
       end
     end
 
+    test "what a consumer says that it took is granted by halves of the window, all of it in the end" do
+      for window <- [1, 2, 7, 64], at_once <- 1..3 do
+        {granted, credit} =
+          Enum.reduce(1..300, {0, Credit.new(window)}, fn _, {granted, credit} ->
+            credit = Enum.reduce(1..at_once, credit, fn _, credit -> Credit.delivered(credit) end)
+            {grant, credit} = Credit.consumed(credit, at_once)
+            assert grant == 0 or 2 * grant >= window
+            {granted + grant, credit}
+          end)
+
+        assert 300 * at_once - granted == credit.used and 2 * credit.used < window
+      end
+    end
+
     test "a consumer that takes none gets none; 0 and infinity are never asked about" do
       used = Enum.reduce(1..4, Credit.new(4), fn _, credit -> Credit.delivered(credit) end)
       assert Credit.exhausted?(used)
@@ -82,10 +96,97 @@ defmodule DemandPort.UnitsTest do
     end
   end
 
+  describe "what it takes to restore a session" do
+    test "does not grow with what is set again and again, and keeps the order of what it is" do
+      set = fn n -> %{op: "set_input", node: "a", port: "p", value: n} end
+      data = fn node, data -> %{op: "update_node_data", node: node, data: data} end
+
+      restore =
+        Enum.reduce(1..100, Restore.new(%{}, %{}), fn n, restore ->
+          Restore.edited(restore, [
+            set.(n),
+            data.("a", %{"k" => n, x: n}),
+            data.("b", %{k: nil}),
+            %{op: "invalidate", node: "a"}
+          ])
+        end)
+
+      assert [_name, %{}, %{"edits" => edits}] = Restore.fields(restore, "s")
+
+      assert [%{"node" => "a", "data" => %{"k" => 100, "x" => 100}}, %{"node" => "b"}, %{"value" => 100}] =
+               edits
+
+      again = Restore.edited(restore, [%{op: "remove_node", node: "a"}, %{op: "add_node", node: %{id: "a"}}])
+      again = Restore.edited(again, [data.("a", %{"new" => 1})])
+      assert [_name, _graph, %{"edits" => edits}] = Restore.fields(again, "s")
+
+      assert ~w(update_node_data update_node_data remove_node add_node update_node_data) ==
+               Enum.map(edits, & &1["op"])
+
+      assert List.last(edits)["data"] == %{"new" => 1}
+      assert Restore.fields(Restore.new(%{}, %{"max_running" => 1}), "s") == ["s", %{}, %{"max_running" => 1}]
+    end
+  end
+
+  describe "subscriptions" do
+    defp event(seq, more \\ %{}), do: Map.merge(%{"event" => "edited", "seq" => seq}, more)
+
+    # Takes the numbers of the events that came.
+    defp came(seen \\ []) do
+      receive do
+        {:node_event, "s", event} -> came([{event["seq"], event["count"]} | seen])
+      after
+        0 -> Enum.reverse(seen)
+      end
+    end
+
+    test "one that came later has nothing of a feed that lags behind it" do
+      {nil, state} = Subscriptions.add(%Subscriptions{}, "s", spawn(fn -> Process.sleep(:infinity) end), [])
+      [other] = Map.keys(state.sessions["s"])
+      state = Subscriptions.begin_at(state, "s", other, 3)
+      assert {3, state} = Subscriptions.add(state, "s", self(), [])
+      # The service has not read that yet.
+      state = Subscriptions.event(state, "s", event(3))
+      state = Subscriptions.begin_at(state, "s", self(), 6)
+      Enum.reduce(3..7, state, &Subscriptions.event(&2, "s", event(&1)))
+      assert came() == [{6, nil}, {7, nil}]
+    end
+
+    test "one that asks for numbers of a service that is gone hears the next ones" do
+      {500, state} = Subscriptions.add(%Subscriptions{}, "s", self(), since: 500)
+      state = Subscriptions.begin_at(state, "s", self(), 2)
+      Subscriptions.event(state, "s", event(2))
+      assert came() == [{2, nil}]
+    end
+
+    test "each is told how much of what is gone it has missed" do
+      {0, state} = Subscriptions.add(%Subscriptions{}, "s", self(), since: 0)
+      state = Enum.reduce(0..4, state, &Subscriptions.event(&2, "s", event(&1)))
+      Subscriptions.event(state, "s", event(9, %{"event" => "missed", "count" => 10}))
+      assert came() == for(n <- 0..4, do: {n, nil}) ++ [{9, 5}]
+    end
+
+    test "of a new service: those that are restored from the start, and those that wait to be sent" do
+      other = spawn(fn -> Process.sleep(:infinity) end)
+
+      state =
+        for {session, pid} <- [{"s", self()}, {"t", self()}, {"t", other}], reduce: %Subscriptions{} do
+          state -> elem(Subscriptions.add(state, session, pid, since: 7), 1)
+        end
+
+      state = Subscriptions.restarted(state, ["s"], [{"t", other}])
+      assert %{"s" => %{} = s, "t" => %{} = t} = state.sessions
+      assert [{me, %{at: 0}}] = Map.to_list(s)
+      assert [{^other, %{at: 7}}] = Map.to_list(t)
+      assert me == self()
+    end
+  end
+
   describe "options" do
     test "each type refuses what does not fit, and names the option" do
       refused = [
         start_link: [python: "", args: "x", args: [1], env: [{"", "x"}], env: 5, env: [{"A", 1}], cd: 1],
+        start_link: [name: "a text", name: {:via, "a", 1}, name: true],
         start_link: [max_frame_bytes: 10, start_timeout_ms: 0, log_level: :loud, credit: "1", max_pending: 0],
         open: [session: "", session: 5, max_running: 0, max_queued: -1, timeout: -1, timeout: "1"],
         demand_async: [

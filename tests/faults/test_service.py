@@ -277,6 +277,26 @@ def test_a_large_value_lets_others_pass(service: ServiceProcess) -> None:
 # ------------------------------------------------------------------------------------------------- demands
 
 
+def test_who_is_told_that_all_is_drained_has_every_terminal(service: ServiceProcess) -> None:
+    service.open("s", *((f"t{n}", "text-input", {"text": "x" * 3_000_000}) for n in range(3)))
+    demands, drain = [service.new_id() for _ in range(3)], service.new_id()
+    service.send(*(["demand", id, "s", f"t{n}", {}] for n, id in enumerate(demands)), ["drain", drain, 60_000])
+    seen = service.until(lambda m: m[0] == "ok" and m[1] == drain)
+    assert sorted(m[3] for m in seen if m[0] == "demand_complete") == demands
+
+
+def test_a_session_is_opened_with_its_edits_or_not_at_all(service: ServiceProcess) -> None:
+    graph = {"nodes": [{"id": "t", "node_type": "text-input", "data": {"text": "a"}}]}
+    edits: list[Any] = [{"op": "set_input", "node": "t", "port": "text", "value": "b"}]
+    wrong = [*edits, {"op": "remove_node", "node": "nobody"}]
+    refused = service.request("open", "s", graph, {"edits": wrong})
+    assert refused[0] == "error" and refused[2]["code"] == "unknown_node"
+    assert service.request("demand", "s", "t")[2]["code"] == "unknown_session"
+    added = {"op": "add_node", "node": {"id": "u", "node_type": "text-input"}}
+    assert service.request("open", "s", graph, {"edits": [*edits, added]})[2]["nodes"] == 2
+    assert service.request("demand", "s", "t")[2] == {"text": "b"}
+
+
 def test_credit_is_never_overdrawn_and_the_terminal_waits(shared: ServiceProcess) -> None:
     texts = [chr(97 + n % 26) for n in range(50)]
     shared.open("credit", ("a", "t-chunks", {"chunks": texts}))

@@ -753,6 +753,23 @@ async def test_a_deadline_cancels_what_nobody_else_wants(lab: Lab) -> None:
 
 
 @engine_test
+async def test_a_demand_that_waited_for_a_place_says_how_long_and_others_do_not(lab: Lab) -> None:
+    session = lab.open({"a": "t-gate", "b": "t-step"}, max_running=1)
+    running, waiting = lab.demand(session, "a"), lab.demand(session, "b")
+    late, cancelled = lab.demand(session, "b", deadline_ms=20), lab.demand(session, "b")
+    await late
+    assert late.meta["queued_us"] == late.meta["duration_us"] > 0
+    session.cancel(cancelled.demand)
+    assert cancelled.meta["queued_us"] == cancelled.meta["duration_us"]
+    lab.open_gates("a")
+    await waiting
+    assert late.meta["queued_us"] <= waiting.meta["queued_us"] <= waiting.meta["duration_us"]
+    at_once = lab.demand(session, "a")
+    await at_once
+    assert "queued_us" not in {**running.meta, **at_once.meta}
+
+
+@engine_test
 async def test_a_deadline_holds_in_the_queue(lab: Lab) -> None:
     session = lab.open({"a": "t-gate", "b": "t-step"}, max_running=1)
     running = lab.demand(session, "a")

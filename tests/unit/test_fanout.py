@@ -237,6 +237,17 @@ def test_failures_stand_in_their_place_or_end_it_as_the_mode_says() -> None:
     assert lost.value.details == {"index": 0}
 
 
+def test_items_that_fail_with_one_error_each_say_which_they_are() -> None:
+    nodes = [
+        {"id": "item", "node_type": "text-input"},
+        {"id": "shared", "node_type": "f-odd", "data": {"n": 2}},
+        {"id": "both", "node_type": "merge"},
+    ]
+    edges = [{"id": s, "source": s, "target": "both", "target_handle": "inputs"} for s in ("item", "shared")]
+    came = mapped(items=["a", "b", "c"], graph={"nodes": nodes, "edges": edges}, input_node="item")
+    assert [failed["details"]["index"] for failed in came["results"]] == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("data", "code"),
     [

@@ -14,7 +14,8 @@ defmodule DemandPort.Broadcaster do
       {:ok, _} = Registry.start_link(keys: :duplicate, name: MyApp.Topics)
       {:ok, _} = Registry.register(MyApp.Topics, "room:1", nil)
 
-  The demand is its caller's as ever: it ends with the caller, unless `owner: :none` was said.
+  The demand is its caller's as ever: it is cancelled when the caller dies, unless `owner: :none` was said, and the
+  subscribers are told. An adapter that raises ends the demand, too; of that the log alone can tell.
   """
 
   alias DemandPort.Error
@@ -56,23 +57,40 @@ defmodule DemandPort.Broadcaster do
   def valid?(_other), do: false
 
   @doc false
-  # The process of one demand: it receives the demand's messages until the last, and broadcasts each.
-  @spec forward(t) :: :ok
-  def forward(to) do
+  # The process of one demand: it receives the demand's messages until the last, and broadcasts each. It traps exits, so
+  # that the last is broadcast also where everything is shut down around it.
+  @spec forward(t, String.t(), supervisor :: pid) :: :ok
+  def forward(to, node, supervisor) do
+    Process.flag(:trap_exit, true)
+    forward_next(to, node, supervisor)
+  end
+
+  defp forward_next(to, node, supervisor) do
     receive do
-      {:node_stream, node, chunk} ->
-        broadcast(to, {:workflow_stream, node, chunk})
-        forward(to)
+      {:demand_complete, _node, outputs} ->
+        end_with(to, {:workflow_output, node, outputs})
 
-      {:node_event, session, event} ->
-        broadcast(to, {:workflow_event, session, event})
-        forward(to)
+      {:demand_error, _node, %Error{} = error} ->
+        end_with(to, {:workflow_error, node, error})
 
-      {:demand_complete, node, outputs} ->
-        broadcast(to, {:workflow_output, node, outputs})
+      # The connection was killed, and says nothing any more.
+      {:EXIT, ^supervisor, _reason} ->
+        error = Error.new(:backend_unavailable, "the connection ended", retryable: true)
+        end_with(to, {:workflow_error, node, error})
 
-      {:demand_error, node, %Error{} = error} ->
-        broadcast(to, {:workflow_error, node, error})
+      message ->
+        forward_one(to, message)
+        forward_next(to, node, supervisor)
     end
+  end
+
+  defp forward_one(to, {:node_stream, node, chunk}), do: broadcast(to, {:workflow_stream, node, chunk})
+  defp forward_one(to, {:node_event, session, event}), do: broadcast(to, {:workflow_event, session, event})
+  # Of what the adapter started.
+  defp forward_one(_to, _other), do: :ok
+
+  defp end_with(to, message) do
+    broadcast(to, message)
+    :ok
   end
 end

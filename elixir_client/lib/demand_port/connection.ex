@@ -10,7 +10,8 @@ defmodule DemandPort.Connection do
 
   - *starting*: what is asked is held (at most `max_pending`) and sent in order once the service is ready.
   - *ready*: requests go out as they come.
-  - *draining*: what runs is finished, what is asked is held for the next service.
+  - *draining*: what runs is finished, what is asked is held for the next service. A service that does not end what runs
+    when its time is over is killed.
   - *down*: every request and demand that the service had was answered with a typed error; what is asked now is held.
     The first restart comes at once, later ones after a growing delay; more than `max_restarts` within a minute end
     this process, and its supervisor decides.
@@ -36,6 +37,8 @@ defmodule DemandPort.Connection do
   @longest_delay_ms 10_000
   # How often the mailbox of a consumer is looked into that holds all it may.
   @look_again_ms 10
+  # What a service is given beyond the time to drain, to say that it has.
+  @drain_grace_ms 5_000
 
   @typedoc "What is to be remembered of a request once the service has taken it."
   @type note ::
@@ -47,7 +50,7 @@ defmodule DemandPort.Connection do
   defmodule Data do
     @moduledoc false
     @enforce_keys [:options, :tasks]
-    # owners:   id => {:call, from, note} | {:demand, delivery} | {:note, text} | :nobody
+    # owners:   id => {:call, from, note} | {:demand, delivery} | {:note, text} | {:restored, session} | :nobody …
     # refs:     demand reference => id        monitors: monitor reference => id
     # held:     {id, payload} to send to the next service that is ready, newest first; nil while one is
     # sessions: name => what it takes to open it again
@@ -97,6 +100,10 @@ defmodule DemandPort.Connection do
   @doc "Sends a demand without waiting; a refusal arrives as `:demand_error`, like any other end."
   @spec cast_demand(pid, Delivery.t()) :: :ok
   def cast_demand(server, delivery), do: GenServer.cast(server, {:demand, delivery})
+
+  @doc "Closes a session whose `open` nobody waits for any more."
+  @spec close_session(GenServer.server(), String.t()) :: :ok
+  def close_session(server, name), do: GenServer.cast(server, {:close, name})
 
   @doc "Cancels a demand; its terminal message follows. Does nothing for one that has ended."
   @spec cancel(GenServer.server(), reference) :: :ok
@@ -164,19 +171,28 @@ defmodule DemandPort.Connection do
 
   @doc false
   def starting(:state_timeout, :not_ready, data) do
-    text = "the service was not ready within #{data.options[:start_timeout_ms]} ms"
-    lost(unavailable(text), data)
+    Launch.kill(data.port)
+    lost(unavailable("the service was not ready within #{data.options[:start_timeout_ms]} ms"), data)
   end
 
   def starting(type, content, data), do: common(type, content, data)
 
   @doc false
-  def ready({:timeout, :health}, :ask, data), do: {:keep_state, ask_health(data), health_actions(data)}
+  def ready({:timeout, :health}, :ask, data) do
+    case open(data, &Protocol.request(&1, "health", [])) do
+      {:ok, id, data} -> {:keep_state, own(data, id, :health)}
+      {:error, _full} -> {:keep_state_and_data, health_actions(data)}
+    end
+  end
 
   def ready({:call, from}, {:restart, timeout_ms}, data) do
     case drain(data, timeout_ms) do
-      {:ok, data} -> {:next_state, :draining, %{data | held: [], restarting: [from]}}
-      {:error, error} -> {:keep_state, data, {:reply, from, {:error, error}}}
+      {:ok, data} ->
+        actions = [{:state_timeout, timeout_ms + @drain_grace_ms, :stuck}]
+        {:next_state, :draining, %{data | held: [], restarting: [from]}, actions}
+
+      {:error, error} ->
+        {:keep_state, data, {:reply, from, {:error, error}}}
     end
   end
 
@@ -191,6 +207,11 @@ defmodule DemandPort.Connection do
     close(data.port)
     error = unavailable("the service was restarted")
     data |> flush_port() |> fail_sent(error) |> start_again()
+  end
+
+  def draining(:state_timeout, :stuck, data) do
+    Launch.kill(data.port)
+    lost(unavailable("the service did not drain in its time"), data)
   end
 
   def draining(type, content, data), do: common(type, content, data)
@@ -250,6 +271,10 @@ defmodule DemandPort.Connection do
     end
   end
 
+  defp common(:cast, {:close, name}, data) do
+    {:keep_state, send_own(data, {:closing, name}, &Protocol.request(&1, "close", [name]))}
+  end
+
   defp common(:cast, {:cancel, ref}, data), do: with_ref(data, ref, &send_cancel(data, &1))
 
   defp common(:cast, {:abandon, ref}, data),
@@ -262,11 +287,23 @@ defmodule DemandPort.Connection do
     end)
   end
 
-  # What a node of this program streams, and what it answers; late ones the service lets pass.
-  defp common(:cast, {:command, payload}, data), do: {:keep_state, command(data, payload)}
+  # What a node of this program streams, and what it answers.
+  defp common(:cast, {kind, {call_id, _ref} = call, payload}, data) when kind in [:answer, :answer_stream] do
+    case {HostCalls.open?(data.hosts, call), Protocol.fits(data.protocol, payload)} do
+      {false, _} ->
+        # Nobody wants it any more; perhaps another call has that number now.
+        :keep_state_and_data
 
-  defp common(:cast, {:answer, call_id, payload}, data) do
-    {:keep_state, command(%{data | hosts: HostCalls.answered(data.hosts, call_id)}, payload)}
+      {true, :ok} when kind == :answer_stream ->
+        {:keep_state, command(data, payload)}
+
+      {true, :ok} ->
+        {:keep_state, command(%{data | hosts: HostCalls.answered(data.hosts, call_id)}, payload)}
+
+      {true, {:error, error}} ->
+        {:keep_state,
+         answer(%{data | hosts: HostCalls.cancel(data.hosts, call_id)}, call_id, {:error, error})}
+    end
   end
 
   ## From the port
@@ -310,7 +347,8 @@ defmodule DemandPort.Connection do
   defp common({:timeout, {:look, id}}, :again, data),
     do: {:keep_state, look_again(data, id), look_actions(data, id)}
 
-  defp common({:timeout, :health}, :ask, data), do: {:keep_state_and_data, health_actions(data)}
+  # The next service is asked anew.
+  defp common({:timeout, :health}, :ask, _data), do: :keep_state_and_data
 
   defp common(:info, message, _data) do
     Logger.warning("unexpected message: #{inspect(message, limit: 20)}", domain: [:demand_port])
@@ -362,10 +400,9 @@ defmodule DemandPort.Connection do
     kept = Enum.map(held, &elem(&1, 0))
     {waiting, sent} = Map.split(data.owners, kept)
 
-    data =
-      Enum.reduce(sent, data, fn {id, owner}, data ->
-        data |> forget(id, owner) |> tap(fn _ -> fail(owner, error) end)
-      end)
+    data = Enum.reduce(sent, data, fn {_id, owner}, data -> data |> forget(owner) |> failed(owner, error) end)
+    sessions = Map.keys(data.sessions)
+    subscribing = for {_id, {:call, _from, {:subscribed, session, pid}}} <- waiting, do: {session, pid}
 
     %{
       data
@@ -374,8 +411,22 @@ defmodule DemandPort.Connection do
         port: nil,
         info: nil,
         protocol: Protocol.restarted(data.protocol, kept),
-        hosts: HostCalls.stop_all(data.hosts)
+        hosts: HostCalls.restarted(data.hosts, sessions),
+        subscriptions: Subscriptions.restarted(data.subscriptions, sessions, subscribing)
     }
+  end
+
+  defp failed(data, owner, error) do
+    fail(owner, error)
+
+    case owner do
+      {:call, _from, {:subscribed, session, subscriber}} ->
+        {_left, subscriptions} = Subscriptions.remove(data.subscriptions, session, subscriber)
+        %{data | subscriptions: subscriptions}
+
+      _ ->
+        data
+    end
   end
 
   defp start_again(data) do
@@ -479,15 +530,15 @@ defmodule DemandPort.Connection do
     {:keep_state, noted(note, result, data)}
   end
 
+  defp replied({:closing, session}, result, data), do: {:keep_state, noted({:closed, session}, result, data)}
+
   defp replied({:note, text}, {:error, error}, data) do
     warn("#{text}: #{Exception.message(error)}")
     {:keep_state, data}
   end
 
-  defp replied({:restored, session}, {:error, error}, data) do
-    warn("the session #{session} could not be restored: #{Exception.message(error)}")
-    {:keep_state, %{data | sessions: Map.delete(data.sessions, session)}}
-  end
+  defp replied({:restored, session}, {:error, error}, data),
+    do: {:keep_state, not_restored(data, session, error)}
 
   defp replied(:drained, _result, data), do: {:keep_state, data, {:next_event, :internal, :drained}}
 
@@ -500,8 +551,10 @@ defmodule DemandPort.Connection do
     }
 
     Telemetry.execute([:health], measured, %{server: self(), health: health})
-    {:keep_state, data}
+    {:keep_state, data, health_actions(data)}
   end
+
+  defp replied(:health, {:error, _error}, data), do: {:keep_state, data, health_actions(data)}
 
   defp replied(_nobody, _result, data), do: {:keep_state, data}
 
@@ -514,7 +567,18 @@ defmodule DemandPort.Connection do
     %{data | sessions: Map.update!(data.sessions, name, &Restore.edited(&1, operations))}
   end
 
-  defp noted({:closed, name}, {:ok, _}, data) do
+  defp noted({:closed, name}, {:ok, _}, data), do: forget_session(data, name)
+
+  defp noted({:subscribed, session, subscriber}, {:error, _}, data),
+    do: unsubscribe(data, session, subscriber)
+
+  defp noted({:subscribed, session, subscriber}, {:ok, %{"next" => next}}, data) do
+    %{data | subscriptions: Subscriptions.begin_at(data.subscriptions, session, subscriber, next)}
+  end
+
+  defp noted(_nothing, _result, data), do: data
+
+  defp forget_session(data, name) do
     {subscribers, subscriptions} = Subscriptions.close(data.subscriptions, name)
     Enum.each(subscribers, &Process.demonitor(&1, [:flush]))
 
@@ -525,15 +589,6 @@ defmodule DemandPort.Connection do
         hosts: HostCalls.closed(data.hosts, name)
     }
   end
-
-  defp noted({:subscribed, session, subscriber}, {:error, _}, data),
-    do: unsubscribe(data, session, subscriber)
-
-  defp noted({:subscribed, session, subscriber}, {:ok, %{"next" => next}}, data) do
-    %{data | subscriptions: Subscriptions.begin_at(data.subscriptions, session, subscriber, next)}
-  end
-
-  defp noted(_nothing, _result, data), do: data
 
   ## Ready
 
@@ -546,20 +601,26 @@ defmodule DemandPort.Connection do
 
   defp hello(data), do: send_own(data, {:note, "the service refused hello"}, &Protocol.hello(&1, @client))
 
+  # Each is one request: it is there as it was, or it is not there.
   defp restore(data) do
-    requests =
-      for {name, session} <- data.sessions, request <- Restore.requests(session, name), do: {name, request}
-
-    Enum.reduce(requests, data, fn {name, {type, fields}}, data ->
-      send_own(data, {:restored, name}, &Protocol.request(&1, type, fields))
+    Enum.reduce(data.sessions, data, fn {name, session}, data ->
+      case open(data, &Protocol.request(&1, "open", Restore.fields(session, name))) do
+        {:ok, id, data} -> own(data, id, {:restored, name})
+        {:error, error} -> not_restored(data, name, error)
+      end
     end)
+  end
+
+  defp not_restored(data, session, error) do
+    warn("the session #{session} could not be restored: #{Exception.message(error)}")
+    forget_session(data, session)
   end
 
   # A new service counts from 0 again.
   defp subscribe_again(data) do
-    data = %{data | subscriptions: Subscriptions.from_the_start(data.subscriptions)}
+    restored = Enum.filter(Subscriptions.sessions(data.subscriptions), &is_map_key(data.sessions, &1))
 
-    Enum.reduce(Subscriptions.sessions(data.subscriptions), data, fn session, data ->
+    Enum.reduce(restored, data, fn session, data ->
       text = "the events of session #{session} are not subscribed to any more"
       send_own(data, {:note, text}, &Protocol.request(&1, "subscribe", [session, %{"since" => 0}]))
     end)
@@ -634,10 +695,11 @@ defmodule DemandPort.Connection do
     Protocol.demand(protocol, delivery.session, delivery.node, Map.put(delivery.options, "credit", window))
   end
 
-  # An adapter's code runs in a process of its own, whose mailbox is the demand's.
+  # An adapter's code runs in a process of its own, whose mailbox is the demand's, and without which it is of no use.
   defp broadcast(%{to: [{:broadcast, to}]} = delivery, tasks) do
-    {:ok, pid} = Task.Supervisor.start_child(tasks, DemandPort.Broadcaster, :forward, [to])
-    %{delivery | to: [pid]}
+    arguments = [to, delivery.node, tasks]
+    {:ok, pid} = Task.Supervisor.start_child(tasks, DemandPort.Broadcaster, :forward, arguments)
+    %{delivery | to: [pid], watch: [pid | delivery.watch], ends_with: :any}
   end
 
   defp broadcast(delivery, _tasks), do: delivery
@@ -686,14 +748,22 @@ defmodule DemandPort.Connection do
     ArgumentError -> data
   end
 
-  # One that is held still is not sent at all.
+  # One that is held still is not sent at all, and one that was cancelled is not cancelled again.
   defp send_cancel(%{held: held} = data, demand_id) do
-    if held != nil and List.keymember?(held, demand_id, 0) do
-      {owner, data} = disown(%{data | held: List.keydelete(held, demand_id, 0)}, demand_id)
-      fail(owner, Error.new(:cancelled, "the demand was cancelled"))
-      %{data | protocol: Protocol.close(data.protocol, demand_id)}
-    else
-      send_now(data, :nobody, &Protocol.request(&1, "cancel", [demand_id]))
+    {:demand, delivery} = data.owners[demand_id]
+
+    cond do
+      held != nil and List.keymember?(held, demand_id, 0) ->
+        {owner, data} = disown(%{data | held: List.keydelete(held, demand_id, 0)}, demand_id)
+        fail(owner, Error.new(:cancelled, "the demand was cancelled"))
+        %{data | protocol: Protocol.close(data.protocol, demand_id)}
+
+      delivery.cancelled ->
+        data
+
+      true ->
+        data = own(data, demand_id, {:demand, %{delivery | cancelled: true}})
+        send_now(data, :nobody, &Protocol.cancel(&1, demand_id))
     end
   end
 
@@ -710,8 +780,6 @@ defmodule DemandPort.Connection do
       {:ok, %{data | protocol: protocol} |> command(payload) |> own(id, :drained)}
     end
   end
-
-  defp ask_health(data), do: send_own(data, :health, &Protocol.request(&1, "health", []))
 
   defp health_actions(data) do
     case data.options[:health_interval_ms] do
@@ -745,10 +813,8 @@ defmodule DemandPort.Connection do
   ## Calls of this program's nodes
 
   defp call_died(data, monitor, reason) do
-    case HostCalls.died(data.hosts, monitor) do
-      {nil, hosts} -> %{data | hosts: hosts}
-      {call_id, hosts} -> answer(%{data | hosts: hosts}, call_id, {:error, HostCalls.crash(reason)})
-    end
+    {call_id, hosts} = HostCalls.died(data.hosts, monitor, reason)
+    answer(%{data | hosts: hosts}, call_id, {:error, HostCalls.crash(reason)})
   end
 
   defp answer(data, call_id, answer) do
@@ -762,32 +828,39 @@ defmodule DemandPort.Connection do
 
   defp disown(data, id) do
     {owner, owners} = Map.pop(data.owners, id)
-    {owner, forget(%{data | owners: owners}, id, owner)}
+    {owner, forget(%{data | owners: owners}, owner)}
   end
 
-  # Nobody receives the demand any more; its id stays open until the service has ended it.
-  defp release(data, id), do: data |> forget(id, data.owners[id]) |> own(id, :nobody)
+  # Nobody receives the demand any more; it is open until the service has ended it.
+  defp release(data, id) do
+    {:demand, delivery} = owner = data.owners[id]
+    data |> forget(owner) |> own(id, {:demand, %{delivery | to: [], monitors: %{}}})
+  end
 
-  defp forget(data, _id, {:demand, delivery}) do
+  defp forget(data, {:demand, delivery}) do
+    data = unwatch(data, delivery)
+    %{data | refs: Map.delete(data.refs, delivery.ref)}
+  end
+
+  defp forget(data, _owner), do: data
+
+  defp unwatch(data, delivery) do
     Delivery.forget(delivery)
-
-    %{
-      data
-      | refs: Map.delete(data.refs, delivery.ref),
-        monitors: Map.drop(data.monitors, Map.keys(delivery.monitors))
-    }
+    %{data | monitors: Map.drop(data.monitors, Map.keys(delivery.monitors))}
   end
 
-  defp forget(data, _id, _owner), do: data
-
+  # Who receives the demand, if anybody lives who does, learns its end from the service.
   defp watcher_died(data, monitor) do
     {id, monitors} = Map.pop(data.monitors, monitor)
     {:demand, delivery} = data.owners[id]
     data = %{data | monitors: monitors}
 
     case Delivery.abandoned(delivery, monitor) do
-      {true, delivery} -> data |> own(id, {:demand, delivery}) |> release(id) |> send_cancel(id)
-      {false, delivery} -> own(data, id, {:demand, delivery})
+      {true, delivery} ->
+        data |> unwatch(delivery) |> own(id, {:demand, %{delivery | monitors: %{}}}) |> send_cancel(id)
+
+      {false, delivery} ->
+        own(data, id, {:demand, delivery})
     end
   end
 
@@ -808,6 +881,7 @@ defmodule DemandPort.Connection do
   defp reply_all(callers, reply), do: Enum.each(callers, &:gen_statem.reply(&1, reply))
 
   defp about(data) do
+    recent = System.monotonic_time(:millisecond) - @restarts_within_ms
     demands = Enum.count(data.owners, &match?({_, {:demand, _}}, &1))
 
     %{
@@ -817,7 +891,7 @@ defmodule DemandPort.Connection do
       open_requests: map_size(data.owners) - demands,
       open_demands: demands,
       held: length(data.held || []),
-      restarts: length(data.downs),
+      restarts: Enum.count(data.downs, &(&1 > recent)),
       restorable_sessions: Map.keys(data.sessions),
       host_calls: HostCalls.count(data.hosts)
     }

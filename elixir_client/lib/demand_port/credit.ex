@@ -19,10 +19,10 @@ defmodule DemandPort.Credit do
   """
 
   @enforce_keys [:window]
-  defstruct [:window, used: 0]
+  defstruct [:window, used: 0, taken: 0]
 
   @type window :: non_neg_integer | :infinity
-  @type t :: %__MODULE__{window: window, used: non_neg_integer}
+  @type t :: %__MODULE__{window: window, used: non_neg_integer, taken: non_neg_integer}
 
   @doc "The credit of a demand opened with this window; `:infinity` is a stream without limit."
   @spec new(window) :: t
@@ -45,10 +45,17 @@ defmodule DemandPort.Credit do
     if 2 * (used - backlog) >= window, do: {used - backlog, %{credit | used: backlog}}, else: {0, credit}
   end
 
-  @doc "How many to grant for `n` that the consumer says it took: all of them once half a window is taken."
+  @doc "How many to grant now that the consumer took `n` more: all it took, once that is half a window."
   @spec consumed(t, pos_integer) :: {non_neg_integer, t}
   def consumed(%__MODULE__{window: window} = credit, _n) when window in [0, :infinity], do: {0, credit}
-  def consumed(%__MODULE__{used: used} = credit, n), do: {min(n, used), %{credit | used: max(used - n, 0)}}
+
+  def consumed(%__MODULE__{window: window, used: used} = credit, n) do
+    taken = min(credit.taken + n, used)
+
+    if 2 * taken >= window,
+      do: {taken, %{credit | used: used - taken, taken: 0}},
+      else: {0, %{credit | taken: taken}}
+  end
 
   @doc "The service may send nothing more until it is granted some."
   @spec exhausted?(t) :: boolean

@@ -15,11 +15,13 @@ defmodule DemandPort.Delivery do
     # Stream messages that may be under way; nil for the connection's default.
     window: nil,
     credit: nil,
-    # Where messages go: pids, `{name, node}`, aliases, or one `{:broadcast, to}`.
+    # Where messages go: pids, `{name, node}`, aliases, or one `{:broadcast, to}`; none once nobody waits for it.
     to: [],
-    # The demand is cancelled when the last of these has died; none: when it ends by itself.
+    # The demand is cancelled when the `:last` or `:any` of these has died; none: when it ends by itself.
     watch: [],
+    ends_with: :last,
     monitors: %{},
+    cancelled: false,
     tag: :untagged,
     # Chunks are delivered: always, never, or as the consumer says that it took some.
     stream: :delivered,
@@ -92,18 +94,21 @@ defmodule DemandPort.Delivery do
   @spec ended(t, tuple, map) :: :ok
   def ended(delivery, {kind, _node, outcome} = message, meta) do
     deliver(delivery, message)
-    measured = %{duration: since(delivery), chunks: delivery.chunks, queue_time: meta["queued_us"] || 0}
+    measured = %{duration: since(delivery), chunks: delivery.chunks, queue_time: queue_time(meta)}
 
     if kind == :demand_complete,
       do: Telemetry.execute([:demand, :stop], measured, Map.put(about(delivery), :meta, meta)),
       else: Telemetry.execute([:demand, :exception], measured, Map.put(about(delivery), :error, outcome))
   end
 
-  @doc "One of those who keep it alive has died; true when none is left."
+  defp queue_time(%{"queued_us" => us}), do: System.convert_time_unit(us, :microsecond, :native)
+  defp queue_time(_started_at_once), do: 0
+
+  @doc "One of those who keep it alive has died; true when nobody does any more."
   @spec abandoned(t, reference) :: {boolean, t}
   def abandoned(delivery, monitor) do
     monitors = Map.delete(delivery.monitors, monitor)
-    {monitors == %{}, %{delivery | monitors: monitors}}
+    {monitors == %{} or delivery.ends_with == :any, %{delivery | monitors: monitors}}
   end
 
   @spec forget(t) :: :ok

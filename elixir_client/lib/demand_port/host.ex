@@ -27,7 +27,7 @@ defmodule DemandPort.Host do
   `stream/3` sends chunks before the answer; they reach whoever demanded, as any node's do.
   """
 
-  alias DemandPort.{Error, Protocol, Telemetry}
+  alias DemandPort.{Error, Protocol}
 
   defmodule Context do
     @moduledoc """
@@ -35,10 +35,10 @@ defmodule DemandPort.Host do
     that is left to the demand (nil: none), its `priority`, and the `arg` of `host: {module, arg}`.
     """
 
-    @enforce_keys [:connection, :call_id, :session, :node, :node_type]
+    @enforce_keys [:connection, :call, :session, :node, :node_type]
     defstruct [
       :connection,
-      :call_id,
+      :call,
       :session,
       :node,
       :node_type,
@@ -50,7 +50,7 @@ defmodule DemandPort.Host do
 
     @type t :: %__MODULE__{
             connection: pid,
-            call_id: pos_integer,
+            call: {id :: pos_integer, reference},
             session: String.t(),
             node: String.t(),
             node_type: String.t(),
@@ -96,8 +96,10 @@ defmodule DemandPort.Host do
   """
   @spec stream(Context.t(), term, String.t() | nil) :: :ok | {:error, Error.t()}
   def stream(%Context{} = context, chunk, port \\ nil) do
-    with {:ok, payload} <- Protocol.answer_stream(context.call_id, chunk, port) do
-      GenServer.cast(context.connection, {:command, payload})
+    {id, _ref} = context.call
+
+    with {:ok, payload} <- Protocol.answer_stream(id, chunk, port) do
+      GenServer.cast(context.connection, {:answer_stream, context.call, payload})
     end
   end
 
@@ -116,18 +118,14 @@ defmodule DemandPort.Host do
   def run(host, call, connection) do
     {module, arg} = if is_tuple(host), do: host, else: {host, nil}
     context = context(call, connection, arg)
-    metadata = %{session: context.session, node: context.node, node_type: context.node_type}
-    started = System.monotonic_time()
-    Telemetry.execute([:host, :start], %{monotonic_time: started}, metadata)
     answer = module |> answer(call.inputs, context) |> encoded(call.id)
-    Telemetry.execute([:host, :stop], %{duration: System.monotonic_time() - started}, metadata)
-    GenServer.cast(connection, {:answer, call.id, answer})
+    GenServer.cast(connection, {:answer, context.call, answer})
   end
 
   defp context(call, connection, arg) do
     %Context{
       connection: connection,
-      call_id: call.id,
+      call: {call.id, call.ref},
       session: call.session,
       node: call.node,
       node_type: call.node_type,

@@ -5,14 +5,20 @@ defmodule DemandPort.HostCalls do
   alias DemandPort.{Error, Host, Telemetry}
 
   @grace_ms 5_000
+  # Characters of what it says of a crash.
+  @longest_reason 10_000
 
-  # hosts: session => host      calls: call id => {pid, monitor, call}      monitors: monitor => call id
+  # hosts: session => host      calls: call id => call      monitors: monitor => call id
+  # A service numbers its calls from 1, as the one before it did: `ref` tells an answer that comes late from one to the
+  # call that has the number now.
   defstruct hosts: %{}, calls: %{}, monitors: %{}
 
   @type t :: %__MODULE__{}
+  @typedoc "A call as its process names it."
+  @type name :: {id :: pos_integer, reference}
 
   @spec opened(t, String.t(), Host.t() | nil) :: t
-  def opened(state, _session, nil), do: state
+  def opened(state, session, nil), do: closed(state, session)
   def opened(state, session, host), do: %{state | hosts: Map.put(state.hosts, session, host)}
 
   @spec closed(t, String.t()) :: t
@@ -22,13 +28,16 @@ defmodule DemandPort.HostCalls do
   def start(state, call, tasks) do
     case Map.fetch(state.hosts, call.session) do
       {:ok, host} ->
+        call = call |> Map.put(:ref, make_ref()) |> Map.put(:started, System.monotonic_time())
+        Telemetry.execute([:host, :start], %{monotonic_time: call.started}, about(call))
         {:ok, pid} = Task.Supervisor.start_child(tasks, Host, :run, [host, call, self()], shutdown: @grace_ms)
         monitor = Process.monitor(pid)
+        call = call |> Map.delete(:inputs) |> Map.merge(%{pid: pid, monitor: monitor})
 
         {:ok,
          %{
            state
-           | calls: Map.put(state.calls, call.id, {pid, monitor, call}),
+           | calls: Map.put(state.calls, call.id, call),
              monitors: Map.put(state.monitors, monitor, call.id)
          }}
 
@@ -37,53 +46,75 @@ defmodule DemandPort.HostCalls do
     end
   end
 
+  @doc "Whether the service still waits for the answer to that very call."
+  @spec open?(t, name) :: boolean
+  def open?(state, {id, ref}), do: match?(%{^id => %{ref: ^ref}}, state.calls)
+
   @doc "Nobody wants the answer: the process is shut down, and killed if it takes too long."
   @spec cancel(t, pos_integer) :: t
   def cancel(state, call_id) do
-    case state.calls do
-      %{^call_id => {pid, _monitor, _call}} ->
-        Process.exit(pid, :shutdown)
-        Process.send_after(self(), {:kill, pid}, @grace_ms)
-        answered(state, call_id)
+    case pop(state, call_id) do
+      {nil, state} ->
+        state
 
-      _ ->
+      {call, state} ->
+        Process.exit(call.pid, :shutdown)
+        Process.send_after(self(), {:kill, call.pid}, @grace_ms)
+        ended(call, :exception, %{reason: :cancelled})
         state
     end
   end
 
-  @spec stop_all(t) :: t
-  def stop_all(state), do: state.calls |> Map.keys() |> Enum.reduce(state, &cancel(&2, &1))
+  @doc "There is a new service: nobody wants the calls of the one before, and `sessions` alone are open there."
+  @spec restarted(t, [String.t()]) :: t
+  def restarted(state, sessions) do
+    state = state.calls |> Map.keys() |> Enum.reduce(state, &cancel(&2, &1))
+    %{state | hosts: Map.take(state.hosts, sessions)}
+  end
 
   @spec answered(t, pos_integer) :: t
   def answered(state, call_id) do
-    case Map.pop(state.calls, call_id) do
-      {nil, _} ->
-        state
-
-      {{_pid, monitor, _call}, calls} ->
-        Process.demonitor(monitor, [:flush])
-        %{state | calls: calls, monitors: Map.delete(state.monitors, monitor)}
-    end
+    {call, state} = pop(state, call_id)
+    ended(call, :stop, %{})
+    state
   end
 
   @spec monitor?(t, reference) :: boolean
   def monitor?(state, monitor), do: is_map_key(state.monitors, monitor)
 
   @doc "A process ended without an answer: which call's it was."
-  @spec died(t, reference) :: {pos_integer | nil, t}
-  def died(state, monitor) do
-    {call_id, monitors} = Map.pop(state.monitors, monitor)
-    {{_pid, _monitor, call}, calls} = Map.pop(state.calls, call_id)
-    about = %{session: call.session, node: call.node, node_type: call.node_type}
-    Telemetry.execute([:host, :exception], %{}, about)
-    {call_id, %{state | calls: calls, monitors: monitors}}
+  @spec died(t, reference, term) :: {pos_integer, t}
+  def died(state, monitor, reason) do
+    call_id = Map.fetch!(state.monitors, monitor)
+    {call, state} = pop(state, call_id)
+    ended(call, :exception, %{reason: reason})
+    {call_id, state}
   end
 
   @spec crash(term) :: Error.t()
   def crash(reason) do
-    Error.new(:node_failed, "the host's process ended: #{Exception.format_exit(reason)}")
+    text = reason |> Exception.format_exit() |> String.slice(0, @longest_reason)
+    Error.new(:node_failed, "the host's process ended: #{text}")
   end
 
   @spec count(t) :: non_neg_integer
   def count(state), do: map_size(state.calls)
+
+  defp pop(state, call_id) do
+    case Map.pop(state.calls, call_id) do
+      {nil, _calls} ->
+        {nil, state}
+
+      {call, calls} ->
+        Process.demonitor(call.monitor, [:flush])
+        {call, %{state | calls: calls, monitors: Map.delete(state.monitors, call.monitor)}}
+    end
+  end
+
+  defp ended(call, how, more) do
+    measured = %{duration: System.monotonic_time() - call.started}
+    Telemetry.execute([:host, how], measured, Map.merge(about(call), more))
+  end
+
+  defp about(call), do: %{session: call.session, node: call.node, node_type: call.node_type}
 end

@@ -21,6 +21,17 @@ defmodule DemandPort.Launch do
     failed in ErlangError -> unavailable("the service could not be started: #{inspect(failed.original)}")
   end
 
+  @doc """
+  Kills the service of a port that is open still, where it does not do as it is told; what it started ends with it. Its
+  number cannot be another's yet: the port has not collected its end.
+  """
+  @spec kill(port) :: :ok
+  def kill(port) do
+    # By the shell, which has `kill` in itself; there may be no program of that name.
+    with {:os_pid, os_pid} <- Port.info(port, :os_pid), do: :os.cmd('kill -KILL #{os_pid}')
+    :ok
+  end
+
   @doc "The Python to use."
   @spec python(keyword) :: String.t()
   def python(options), do: options |> python_and_origin() |> elem(0)

@@ -15,6 +15,8 @@ defmodule DemandPort.Options do
   @type function_name :: atom
 
   # {name, type, default, meaning}; a default of :none leaves the option out.
+  # The longest time that the protocol carries, 2⁴⁰ ms.
+  @longest_ms 1_099_511_627_776
   @timeout {:timeout, :timeout, 30_000, "how long to wait for the reply, in milliseconds"}
   @deadline {:deadline_ms, {:integer, 1}, :none,
              "time that the service gives the demand, from reading it; past it the error is `:deadline_exceeded`"}
@@ -28,7 +30,7 @@ defmodule DemandPort.Options do
 
   @table %{
     start_link: [
-      {:name, :any, :none, "name to register the connection under"},
+      {:name, :name, :none, "name to register the connection under"},
       {:python, :string, :none,
        "the Python executable. Without it: `config :demand_port, :python`, then the environment's " <>
          "`DEMAND_PORT_PYTHON`, then the release's, then what `mix demand_port.install` made, then " <>
@@ -71,7 +73,7 @@ defmodule DemandPort.Options do
       @timeout
     ],
     restart: [
-      {:drain_ms, {:integer, 0}, 30_000, "time for what runs to end; then it is cancelled"},
+      {:drain_ms, {:within, 0, @longest_ms}, 30_000, "time for what runs to end; then it is cancelled"},
       {:timeout, :timeout, 60_000, "how long to wait until the new service is ready, in milliseconds"}
     ],
     demand_many: [
@@ -126,7 +128,9 @@ defmodule DemandPort.Options do
       @timeout
     ],
     node_types: [{:filter, :filter, nil, "a node type, or `%{\"category\" => name}`"}, @timeout],
-    drain: [{:timeout_ms, {:integer, 0}, 30_000, "time after which running demands are cancelled"}],
+    drain: [
+      {:timeout_ms, {:within, 0, @longest_ms}, 30_000, "time after which running demands are cancelled"}
+    ],
     "Graph.node": [{:position, :position, :none, "where an editor draws the node, `{x, y}`"}],
     "Graph.connect": [{:id, :string, :none, "name of the edge, for edits; default: one made of its ends"}]
   }
@@ -177,6 +181,9 @@ defmodule DemandPort.Options do
   defp name(function), do: "DemandPort.#{function}"
 
   defp fits?(:any, _value), do: true
+  defp fits?(:name, {:global, _name}), do: true
+  defp fits?(:name, {:via, module, _name}), do: is_atom(module)
+  defp fits?(:name, value), do: is_atom(value) and value not in [true, false, :undefined]
   defp fits?(:string, value), do: is_binary(value) and value != "" and String.valid?(value)
   defp fits?(:boolean, value), do: is_boolean(value)
   defp fits?(:any_integer, value), do: is_integer(value)
@@ -212,6 +219,7 @@ defmodule DemandPort.Options do
   defp variable?(_), do: false
 
   defp describe(:any), do: "any term"
+  defp describe(:name), do: "an atom, {:global, term} or {:via, module, term}"
   defp describe(:string), do: "a non-empty string"
   defp describe(:boolean), do: "true or false"
   defp describe(:any_integer), do: "an integer"

@@ -34,6 +34,7 @@ defmodule DemandPort.Protocol do
 
   defstruct next_id: 1,
             open: %{},
+            demands: 0,
             parts: %{},
             max_frame_bytes: 67_108_864,
             peer_max_frame_bytes: 67_108_864,
@@ -64,6 +65,7 @@ defmodule DemandPort.Protocol do
   @type t :: %__MODULE__{
           next_id: id,
           open: %{id => kind},
+          demands: non_neg_integer,
           parts: %{term => {size :: non_neg_integer, iodata}},
           max_frame_bytes: pos_integer,
           peer_max_frame_bytes: pos_integer,
@@ -97,6 +99,10 @@ defmodule DemandPort.Protocol do
   def demand_many(protocol, session, nodes, options) do
     open(protocol, {:demand, nodes}, "demand_many", [session, nodes | present(options)])
   end
+
+  @doc "Cancels a demand. There is always room for it once: every open demand has kept some."
+  @spec cancel(t, id) :: {:ok, id, binary, t} | {:error, Error.t()}
+  def cancel(protocol, demand_id), do: opened(protocol, {:request, "cancel"}, "cancel", [demand_id])
 
   @doc "The answer to a call: what `DemandPort.Host` gave. Fails when it cannot be written."
   @spec answer(pos_integer, {:ok, map} | {:error, term} | :unknown | term) ::
@@ -141,21 +147,37 @@ defmodule DemandPort.Protocol do
     ])
   end
 
-  defp open(%{open: open, max_open_requests: max}, _kind, _type, _fields) when map_size(open) >= max do
-    {:error, Error.new(:queue_full, "#{max} requests are open on this connection", retryable: true)}
-  end
-
-  defp open(%{next_id: id} = protocol, kind, type, fields) do
-    with {:ok, bytes} <- Msgpack.encode_message(type, [id | fields]),
-         {:ok, payload} <- fitting(IO.iodata_to_binary(bytes), protocol.peer_max_frame_bytes) do
-      {:ok, id, payload, %{protocol | next_id: after_id(id), open: Map.put(protocol.open, id, kind)}}
+  # A demand takes the room of two requests, itself and its cancel, so that it can be cancelled however much is open.
+  defp open(%{open: open, demands: demands, max_open_requests: max} = protocol, kind, type, fields) do
+    if map_size(open) + demands + room(kind) > max do
+      {:error,
+       Error.new(:queue_full, "as much is open on this connection as may be (#{max})", retryable: true)}
+    else
+      opened(protocol, kind, type, fields)
     end
   end
 
-  # The service would end the connection over a longer one, and with it everybody's demands.
-  defp fitting(payload, limit) when byte_size(payload) <= limit, do: {:ok, payload}
+  defp room({:demand, _node}), do: 2
+  defp room({:request, _type}), do: 1
 
-  defp fitting(payload, limit) do
+  defp opened(%{next_id: id} = protocol, kind, type, fields) do
+    with {:ok, bytes} <- Msgpack.encode_message(type, [id | fields]),
+         payload = IO.iodata_to_binary(bytes),
+         :ok <- fits(protocol, payload) do
+      {:ok, id, payload,
+       count(%{protocol | next_id: after_id(id), open: Map.put(protocol.open, id, kind)}, kind, 1)}
+    end
+  end
+
+  defp count(protocol, {:demand, _node}, n), do: %{protocol | demands: protocol.demands + n}
+  defp count(protocol, _request, _n), do: protocol
+
+  @doc "Whether the service accepts a payload of this size."
+  @spec fits(t, binary) :: :ok | {:error, Error.t()}
+  # The service would end the connection over a longer one, and with it everybody's demands.
+  def fits(%{peer_max_frame_bytes: limit}, payload) when byte_size(payload) <= limit, do: :ok
+
+  def fits(%{peer_max_frame_bytes: limit}, payload) do
     {:error,
      Error.new(:too_large, "the message has #{byte_size(payload)} bytes; the service accepts #{limit}",
        details: %{"bytes" => byte_size(payload), "max_frame_bytes" => limit}
@@ -167,8 +189,8 @@ defmodule DemandPort.Protocol do
   """
   @spec recheck(t, id, binary) :: {:ok, t} | {:error, Error.t(), t}
   def recheck(protocol, id, payload) do
-    case fitting(payload, protocol.peer_max_frame_bytes) do
-      {:ok, _payload} -> {:ok, protocol}
+    case fits(protocol, payload) do
+      :ok -> {:ok, protocol}
       {:error, error} -> {:error, error, close(protocol, id)}
     end
   end
@@ -182,7 +204,9 @@ defmodule DemandPort.Protocol do
   @doc "The connection to a new service: of all that was open, only what it has not been sent yet is."
   @spec restarted(t, [id]) :: t
   def restarted(protocol, unsent) do
-    %{new(protocol.max_frame_bytes) | next_id: protocol.next_id, open: Map.take(protocol.open, unsent)}
+    open = Map.take(protocol.open, unsent)
+    demands = Enum.count(open, &match?({_id, {:demand, _node}}, &1))
+    %{new(protocol.max_frame_bytes) | next_id: protocol.next_id, open: open, demands: demands}
   end
 
   @doc "The kind of an open id, or nil."
@@ -278,7 +302,10 @@ defmodule DemandPort.Protocol do
 
   @doc "Nothing more is expected of that id."
   @spec close(t, id) :: t
-  def close(protocol, id), do: %{protocol | open: Map.delete(protocol.open, id)}
+  def close(protocol, id) do
+    {kind, open} = Map.pop(protocol.open, id)
+    count(%{protocol | open: open}, kind, -1)
+  end
 
   defp adopt(protocol, limits) when is_map(limits) and not is_struct(limits) do
     %{

@@ -1,7 +1,8 @@
 defmodule DemandPort.Restore do
   @moduledoc false
   # What it takes to open a session again in a new service: its graph, the edits of its structure, and the inputs that
-  # stand. Pure data; an input that is set again replaces the one before, so that it does not grow with use.
+  # stand. Pure data; an input that is set again replaces the one before, and so does a node's data, so that it grows with
+  # changes of the structure alone.
 
   defstruct [:graph, :options, edits: [], inputs: %{}]
 
@@ -19,18 +20,16 @@ defmodule DemandPort.Restore do
   @spec edited(t, [map]) :: t
   def edited(session, operations), do: Enum.reduce(operations, session, &apply_one(plain(&1), &2))
 
-  @doc "The requests that open it again: their types and what follows the id."
-  @spec requests(t, String.t()) :: [{String.t(), [term]}]
-  def requests(session, name) do
+  @doc "The fields of the `open` that opens it again as it stands, or not at all."
+  @spec fields(t, String.t()) :: [term]
+  def fields(session, name) do
     set =
       for {{node, port}, value} <- session.inputs,
           do: %{"op" => "set_input", "node" => node, "port" => port, "value" => value}
 
-    open = {"open", [name, session.graph, session.options]}
-
-    case Enum.reverse(session.edits) ++ set do
-      [] -> [open]
-      operations -> [open, {"edit", [name, operations]}]
+    case Enum.reverse(session.edits, set) do
+      [] -> [name, session.graph, session.options]
+      operations -> [name, session.graph, Map.put(session.options, "edits", operations)]
     end
   end
 
@@ -50,7 +49,23 @@ defmodule DemandPort.Restore do
     %{session | inputs: inputs, edits: [operation | session.edits]}
   end
 
+  # Of a node's data the last counts as well: a later update goes into the one before it.
+  defp apply_one(%{"op" => "update_node_data", "node" => node, "data" => %{} = data} = operation, session) do
+    {since, before} = Enum.split_while(session.edits, &(&1["node"] != node))
+
+    case before do
+      [%{"op" => "update_node_data", "data" => earlier} = update | rest] ->
+        merged = %{update | "data" => Map.merge(with_texts(earlier), with_texts(data))}
+        %{session | edits: since ++ [merged | rest]}
+
+      _ ->
+        %{session | edits: [operation | session.edits]}
+    end
+  end
+
   defp apply_one(operation, session), do: %{session | edits: [operation | session.edits]}
+
+  defp with_texts(data), do: Map.new(data, fn {key, value} -> {to_string(key), value} end)
 
   defp plain(operation), do: Map.new(operation, fn {key, value} -> {to_string(key), value} end)
 end

@@ -3,7 +3,7 @@ defmodule DemandPort.Subscriptions do
   # Who hears the events of which session, and from which number on. The service has one subscription per session,
   # which begins at the least that anybody here still wants.
 
-  # sessions: name => %{subscriber => %{at, tag, kinds, monitor}}; at is nil until the first event that comes
+  # sessions: name => %{subscriber => %{at, tag, kinds, monitor}}; at is nil until the service has said what comes next
   defstruct sessions: %{}
 
   @always ~w(task_failed demand_started demand_completed demand_failed missed)
@@ -23,12 +23,19 @@ defmodule DemandPort.Subscriptions do
     {since, %{state | sessions: sessions}}
   end
 
-  @doc "Who asked for new events alone gets those from this number on."
+  @doc """
+  The service's next event has this number: who asked for new ones alone gets those from it on, and so does who asked for
+  those from a number on that is yet to come, since it counts anew.
+  """
   @spec begin_at(t, String.t(), pid, non_neg_integer) :: t
   def begin_at(state, session, subscriber, next) do
     case state.sessions do
-      %{^session => %{^subscriber => %{at: nil}}} -> put_in(state.sessions[session][subscriber].at, next)
-      _ -> state
+      # A number is less than nil.
+      %{^session => %{^subscriber => %{at: at}}} ->
+        put_in(state.sessions[session][subscriber].at, min(at, next))
+
+      _ ->
+        state
     end
   end
 
@@ -70,15 +77,21 @@ defmodule DemandPort.Subscriptions do
   @spec sessions(t) :: [String.t()]
   def sessions(state), do: Map.keys(state.sessions)
 
-  @doc "There is a new service, whose events count from 0."
-  @spec from_the_start(t) :: t
-  def from_the_start(state) do
-    sessions =
-      Map.new(state.sessions, fn {session, all} ->
-        {session, Map.new(all, fn {subscriber, entry} -> {subscriber, %{entry | at: 0}} end)}
+  @doc """
+  There is a new service, whose events count from 0: in the sessions that are `restored` they come to everyone who heard
+  them, in the others to those alone whose `held` subscription is yet to be sent.
+  """
+  @spec restarted(t, [String.t()], [{String.t(), pid}]) :: t
+  def restarted(state, restored, held) do
+    Enum.reduce(state.sessions, state, fn {session, all}, state ->
+      Enum.reduce(all, state, fn {subscriber, _entry}, state ->
+        cond do
+          {session, subscriber} in held -> state
+          session in restored -> put_in(state.sessions[session][subscriber].at, 0)
+          true -> state |> remove(session, subscriber) |> elem(1)
+        end
       end)
-
-    %{state | sessions: sessions}
+    end)
   end
 
   @doc "Hands an event to those who have not had it."
@@ -88,9 +101,10 @@ defmodule DemandPort.Subscriptions do
       %{^session => all} ->
         all =
           Map.new(all, fn {subscriber, entry} ->
-            if entry.at == nil or seq >= entry.at do
+            # nil is more than any number.
+            if seq >= entry.at do
               if wanted?(event, entry.kinds),
-                do: send(subscriber, tagged(entry.tag, {:node_event, session, event}))
+                do: send(subscriber, tagged(entry.tag, {:node_event, session, from(event, entry.at)}))
 
               {subscriber, %{entry | at: seq + 1}}
             else
@@ -104,6 +118,12 @@ defmodule DemandPort.Subscriptions do
         state
     end
   end
+
+  # Of what is gone for good, those may be a part that this subscriber has had.
+  defp from(%{"event" => "missed", "seq" => last, "count" => count} = event, at),
+    do: %{event | "count" => min(count, last - at + 1)}
+
+  defp from(event, _at), do: event
 
   defp wanted?(_event, nil), do: true
   defp wanted?(%{"event" => kind}, kinds), do: kind in kinds or kind in @always

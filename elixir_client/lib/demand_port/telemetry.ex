@@ -3,14 +3,17 @@ defmodule DemandPort.Telemetry do
   The `:telemetry` events of this library. Without the `telemetry` application nothing happens here.
 
   Every name begins with `:demand_port`; times are in native units, as `System.monotonic_time/0` gives them.
+  Each `:start` has one `:stop` or `:exception`, also where nobody waits any more. Handlers run in the connection's process.
 
   | event | measurements | metadata |
   |---|---|---|
   | `[:demand, :start]` | `system_time`, `monotonic_time` | `session`, `node`, `ref` |
   | `[:demand, :first_chunk]` | `duration` since the start | the same |
-  | `[:demand, :stop]` | `duration`, `chunks`, `queue_time` (microseconds the service had it wait for a place) | the same, and `meta` as the service sent it |
-  | `[:demand, :exception]` | `duration`, `chunks` | the same, and `error`, a `DemandPort.Error` |
-  | `[:host, :start]`, `[:host, :stop]`, `[:host, :exception]` | `duration` (not at the start) | `session`, `node`, `node_type`; `reason` at the exception |
+  | `[:demand, :stop]` | `duration`, `chunks`, `queue_time` (that the service had it wait for a place) | the same, and `meta` as the service sent it |
+  | `[:demand, :exception]` | `duration`, `chunks`, `queue_time` | the same, and `error`, a `DemandPort.Error` |
+  | `[:host, :start]` | `monotonic_time` | `session`, `node`, `node_type` |
+  | `[:host, :stop]` | `duration` | the same |
+  | `[:host, :exception]` | `duration` | the same, and `reason`: why its process ended, or `:cancelled` |
   | `[:connection, :ready]` | `duration` since the start of the service | `server`, `os_pid`, `version` |
   | `[:connection, :down]` | `count` of restarts in a row, `delay_ms` to the next | `server`, `error` |
   | `[:health]` | `memory_bytes`, `demands`, `sessions`, `unsent_bytes` | `server`, `health` as the service sent it |

@@ -81,6 +81,7 @@ class Demand:
     Attributes:
         cell: the demanded node as it stood when the demand was made.
         deadline: on the clock of `time.monotonic`, or None. priority: -100 to 100; higher comes first.
+        running_from: when it got its place: at `started`, or later where it waited; None while it waits.
         label: what the session's events call it. failure: what it ended with, if that was an error.
         ran, cached: nodes evaluated for it, and results taken from the cache.
     """
@@ -99,6 +100,7 @@ class Demand:
         "listening",
         "priority",
         "ran",
+        "running_from",
         "sink",
         "started",
         "usage",
@@ -124,6 +126,7 @@ class Demand:
         self.label = label
         self.failure: DemandportError | None = None
         self.started = started
+        self.running_from: float | None = started
         self.ended = False
         self.listening: list[Cell] = []
         self.ran = 0
@@ -168,11 +171,15 @@ class Demand:
             self._leave(self)
 
     def _meta(self, skipped: bool = False) -> dict[str, Any]:
+        now = time.monotonic()
         meta: dict[str, Any] = {
-            "duration_us": int((time.monotonic() - self.started) * 1e6),
+            "duration_us": int((now - self.started) * 1e6),
             "ran": self.ran,
             "cached": self.cached,
         }
+        if self.running_from != self.started:
+            until = now if self.running_from is None else self.running_from
+            meta["queued_us"] = int((until - self.started) * 1e6)
         if skipped:
             meta["skipped"] = True
         if self.usage:

@@ -198,6 +198,8 @@ class Session:
         if log is not None:
             log.add("demand_started", cell.node_id, {"demand": label})
         enter(self._timeline, demand, now)
+        if not now:
+            demand.running_from = None
         if deadline is not None:
             self._arm()
         if now:
@@ -243,6 +245,7 @@ class Session:
         self._starting = True
         try:
             while (following := next_to_start(self._timeline)) is not None:
+                following.running_from = time.monotonic()
                 self._executor.start(following)
         finally:
             self._starting = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Annotated, Any
 
 from demandport.engine.fanout import fan_out
@@ -58,8 +59,10 @@ async def map_items(
             try:
                 outputs, _ = await session.outcome(cell, priority=ctx.priority, deadline_ms=deadline_ms)
             except DemandportError as failed:
-                failed.details = {**(failed.details or {}), "index": index}
-                raise
+                # Items may have failed with one and the same error, that of what they all need.
+                of_item = copy.copy(failed)
+                of_item.details = {**(failed.details or {}), "index": index}
+                raise of_item from None
             done += 1
             ctx.progress(done, len(items), "items")
             return outputs.get(output) if output else next(iter(outputs.values()), None)

@@ -183,6 +183,9 @@ def _say_goodbye(fd_out: int, settings: Settings, fatal: BaseException) -> None:
         pass  # the exit status says it too
 
 
+_LEVELS = ((logging.ERROR, "error"), (logging.WARNING, "warning"), (logging.INFO, "info"), (0, "debug"))
+
+
 class _WireLog(logging.Handler):
     """Sends log records to the host; from other threads by way of the loop."""
 
@@ -203,7 +206,7 @@ class _WireLog(logging.Handler):
             self.handleError(record)
 
     def _send_record(self, record: logging.LogRecord) -> None:
-        level = {"CRITICAL": "error"}.get(record.levelname, record.levelname.lower())
+        level = next(name for least, name in _LEVELS if record.levelno >= least)  # a library may have its own
         metadata = {str(key): str(value) for key, value in getattr(record, "metadata", {}).items()}
         if record.exc_info:
             metadata["traceback"] = logging.Formatter().formatException(record.exc_info)

@@ -333,7 +333,16 @@ class Service:
 
     def _drain(self, message: m.Drain) -> Any:
         self._demands.draining = True
-        return self._later(message.id, lambda: self._demands.drain(message.timeout_ms))
+        return self._later(message.id, lambda: self._drained(message.timeout_ms))
+
+    async def _drained(self, timeout_ms: int) -> dict[str, int]:
+        """Reply once no large message waits, too: a host that is told so may close the connection."""
+        counts = await self._demands.drain(timeout_ms)
+        while self._outbox.waiting_bytes:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.on_room(waiter)
+            await waiter
+        return counts
 
 
 _LATER = object()

@@ -71,6 +71,8 @@ class Sessions:
                 max_queued=options.max_queued,
                 resources=resources,
             )
+            if options.edits:
+                session.edit(options.edits)
         except BaseException:
             self.slots.release()
             raise

@@ -35,6 +35,7 @@ class OpenOptions:
         host_types: node types that the host runs: a list of names and descriptors, or ``all``.
         host_else: those that it runs where the core does not.
         event_history: events that are kept for who subscribes; 0: none until somebody does.
+        edits: operations that the graph is changed by before anybody sees it.
     """
 
     max_running: int = 64
@@ -43,6 +44,7 @@ class OpenOptions:
     host_else: list[Any] | Literal["all"] = field(default_factory=list)
     host_timeout_ms: int = 300_000
     event_history: int = 0
+    edits: list[Any] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -431,6 +433,7 @@ SHAPES: dict[str, tuple[type[Any], list[tuple[str, Check]]]] = {
                         "host_else": _claims,
                         "host_timeout_ms": _integer(1, 1 << 40),
                         "event_history": _integer(0, 100_000),
+                        "edits": _list,
                     },
                 ),
             ),

@@ -19,7 +19,8 @@ Standard library only, so that any Python 3 runs it. What a demand does is told 
     bye             `goodbye`, then exit status 65
 
 Arguments: ``slow`` waits 0.3 s before `ready`; ``mute`` is never ready; ``old`` speaks protocol 9;
-``die`` ends at once; ``log`` logs a line of each level.
+``die`` ends at once; ``log`` logs a line of each level; ``open=FILE`` does with `open` what the file says at the time:
+``mute`` does not answer it, ``refuse`` refuses it.
 """
 
 import os
@@ -231,12 +232,21 @@ def handle(message):
         send("ok", rest[0], {"stale": [operation["op"] for operation in rest[2]]})
     elif kind == "get_output":
         send("ok", rest[0], {"status": rest[2], "value": rest[3]})
+    elif kind == "open" and how_to_open() == "mute":
+        pass
+    elif kind == "open" and how_to_open() == "refuse":
+        send("error", rest[0], error("invalid_graph"))
     elif kind == "open":
         send("ok", rest[0], {"nodes": [], "problems": [], "options": rest[3]})
     elif kind == "drain":
         send("ok", rest[0], {"completed": 0, "cancelled": 0})
     else:
         send("ok", rest[0], {"kind": kind, "fields": [repr(item) for item in rest[1:]]})
+
+
+def how_to_open():
+    path = sys.argv[1].removeprefix("open=") if len(sys.argv) > 1 else ""
+    return open(path).read() if os.path.exists(path) else ""
 
 
 def main(mode):
