@@ -5,7 +5,7 @@ PYTHON3 ?= python3
 export DEMAND_PORT_PYTHON := $(abspath $(PYTHON))
 export PYTHONPATH := $(abspath python)
 
-.PHONY: demo test check test-python test-elixir bench bench-inference soak clean setup
+.PHONY: demo test check dialyzer test-python test-elixir bench bench-codec bench-inference soak clean setup
 
 demo: setup
 	MODEL="$(or $(MODEL),tiny)" $(if $(PROMPT),PROMPT="$(PROMPT)") mix run examples/demo.exs
@@ -26,8 +26,25 @@ check: setup
 	mix format --check-formatted
 	mix do compile --warnings-as-errors, xref graph --format cycles --fail-above 0
 
+# The types of the compiled Elixir modules. What Erlang and Elixir themselves are is found out once, in some minutes.
+PLT := _build/plt/demand_port.plt
+DIALYZER = ERL_LIBS=$$(elixir -e 'IO.puts(Path.dirname(:code.lib_dir(:elixir)))') dialyzer
+
+dialyzer: .elixir-found $(PLT)
+	MIX_ENV=dev mix compile --warnings-as-errors
+	$(DIALYZER) --plt $(PLT) _build/dev/lib/demand_port/ebin
+
+$(PLT):
+	@command -v dialyzer >/dev/null || { echo "dialyzer is missing (Debian: apt-get install erlang-dialyzer)" >&2; exit 1; }
+	@mkdir -p $(@D)
+	$(DIALYZER) --build_plt --quiet --output_plt $@ --apps erts kernel stdlib crypto compiler elixir logger mix ex_unit eex || [ $$? = 2 ]
+
 bench: setup
 	$(PYTHON) bench/run.py
+
+# Beside Msgpax too where MSGPAX_EBIN names its compiled modules.
+bench-codec: .elixir-found
+	mix run bench/codec.exs
 
 # Beside llama-server too where LLAMA_SERVER names one.
 bench-inference: setup

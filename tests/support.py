@@ -136,6 +136,10 @@ def large(size: int) -> str:
 async def wait(x: int = 0) -> str:
     await asyncio.Event().wait()
 
+@node("t-cpu", runs="cpu")
+def cpu(text: str = "") -> str:
+    return text
+
 @node("t-spin", runs="inline")
 def spin(gate: str) -> str:
     open(gate, "w").close()

@@ -33,43 +33,10 @@ defmodule DemandPort.MsgpackTest do
   end
 
   describe "random values" do
-    test "come back as they went" do
-      for seed <- 1..1_500 do
-        value = Random.value(seed)
-        assert {:ok, back} = roundtrip(value), "seed #{seed}"
-        assert back === value, "seed #{seed}"
-      end
-    end
-
     test "cut anywhere are an error, never an exception" do
       for seed <- 1..150, encoded = bytes(Random.value(seed)), byte_size(encoded) < 2_000 do
         for size <- 0..(byte_size(encoded) - 1) do
           assert {:error, %Error{code: :bad_message}} = Msgpack.decode(binary_part(encoded, 0, size))
-        end
-      end
-    end
-
-    test "with a byte changed are a value or an error, never an exception" do
-      for seed <- 1..1_500 do
-        :rand.seed(:exsss, {seed, 1, 1})
-        encoded = bytes(Random.value(seed))
-        at = :rand.uniform(byte_size(encoded)) - 1
-        <<before::binary-size(at), _, rest::binary>> = encoded
-
-        case Msgpack.decode(<<before::binary, :rand.uniform(256) - 1, rest::binary>>) do
-          {:ok, _} -> :ok
-          {:error, %Error{code: :bad_message}} -> :ok
-        end
-      end
-    end
-
-    test "of noise are a value or an error, never an exception" do
-      for seed <- 1..3_000 do
-        :rand.seed(:exsss, {seed, 2, 2})
-
-        case Msgpack.decode(:rand.bytes(:rand.uniform(64))) do
-          {:ok, _} -> :ok
-          {:error, %Error{code: :bad_message}} -> :ok
         end
       end
     end

@@ -143,16 +143,4 @@ defmodule DemandPort.ProtocolTest do
   test "goodbye carries its typed error", %{protocol: protocol} do
     assert {{:goodbye, %Error{code: :bad_frame}}, _} = handle(protocol, ["goodbye", %{"code" => "bad_frame"}])
   end
-
-  test "random messages are events, never exceptions", %{protocol: protocol} do
-    types = ~w(ready ok error node_stream demand_complete demand_error node_event log part goodbye other)
-
-    for seed <- 1..2_000 do
-      fields =
-        for n <- 0..rem(seed, 6),
-            do: if(rem(seed + n, 3) == 0, do: 2, else: DemandPort.Test.Random.value(seed + n))
-
-      assert {_event, %Protocol{}} = handle(protocol, [Enum.at(types, rem(seed, 11)) | fields])
-    end
-  end
 end

@@ -87,7 +87,7 @@ defmodule DemandPort.TasksTest do
       assert catch_exit(Tasks.Doctor.run(["--python", python, "--extras", "test"])) == {:shutdown, 1}
       said = said()
       assert said =~ ~r/wrong  packages are missing: .*msgpack.*pytest/
-      assert said =~ "#{python} -m pip install -r #{Venv.requirements(nil)} -r #{Venv.requirements("test")}"
+      assert said =~ "\n       mix demand_port.install --path #{folder}/bare --extras test\n"
       refute said =~ "the service"
     end
 
@@ -212,8 +212,10 @@ defmodule DemandPort.TasksTest do
       assert [made, installed] = log |> File.read!() |> String.split("\n", trim: true)
       assert made =~ ~r/^venv .*--python #{python()} #{venv}$/
       assert installed == "pip install --python #{venv}/bin/python -r #{Venv.requirements(nil)}"
-      Tasks.Install.run(["--path", venv, "--python", python()])
-      assert said() =~ "#{venv} is up to date"
+      for extras <- ["llama", "test"], do: Tasks.Install.run(["--path", venv, "--extras", extras])
+      said()
+      Tasks.Install.run(["--path", venv, "--extras", "llama,test"])
+      assert said() == "#{venv} is up to date"
     end
 
     test "refuses before it does anything", %{folder: folder} do

@@ -2,7 +2,6 @@ defmodule DemandPort.UnitsTest do
   use ExUnit.Case, async: true
 
   alias DemandPort.{Credit, Error, Launch, Options}
-  alias DemandPort.Test.Json
 
   doctest Error
   doctest Credit
@@ -136,27 +135,6 @@ defmodule DemandPort.UnitsTest do
       env = Launch.env(env: [{"PYTHONPATH", "/there"}, {"GONE", nil}], python_path: "/here") |> Map.new()
       assert env['PYTHONPATH'] == '/here:/there'
       assert env['GONE'] == false
-    end
-  end
-
-  describe "the vectors' JSON reader" do
-    test "reads every kind of value" do
-      text =
-        ~S( {"a": [1, -2.5, 1e3, 1.5E-2, true, false, null], "\u00e4\ud83d\ude00\n\/": {}, "e": "", "z": []} )
-
-      assert Json.decode!(text) == %{
-               "a" => [1, -2.5, 1.0e3, 0.015, true, false, nil],
-               "ä😀\n/" => %{},
-               "e" => "",
-               "z" => []
-             }
-    end
-
-    test "refuses anything else" do
-      for text <- ["", "[1,]", "{", "nul", "1 2", ~s("a), "[1 2]", ~s({"a" 1}), "01"] do
-        read = try(do: {:read, Json.decode!(text)}, rescue: (_ -> :refused))
-        assert read == :refused
-      end
     end
   end
 end

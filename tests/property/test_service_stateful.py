@@ -3,7 +3,10 @@ is kept as `history.py` judges it."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from history import TERMINALS
+from history import TERMINALS, Fact
 from recording import Recorder
 from support import count, framed
 
@@ -56,7 +59,7 @@ MANY_OPTIONS = st.fixed_dictionaries(
         "events": st.booleans(),
     },
 )
-PORTS = {"text-input": "text", "human-input": "value", "merge": "merged", "t-turns": "out"}
+PORTS = {"text-input": "text", "human-input": "value", "merge": "merged", "t-turns": "out", "t-cpu": "output"}
 
 
 # ------------------------------------------------------------------------------------------------- the model
@@ -191,7 +194,8 @@ class Many:
         """Fail unless its terminal is one that it may have."""
         if message[0] == "demand_error":
             failed = {asked.outcome for asked in self.each if type(asked.outcome) is str}
-            assert message[2]["code"] in self.codes | failed, (self, message)
+            parts = {code for asked in self.each for code in asked.codes}
+            assert message[2]["code"] in self.codes | failed | parts, (self, message)
             return
         assert [outcome["node"] for outcome in message[2]] == [asked.node for asked in self.each]
         for asked, outcome in zip(self.each, message[2], strict=True):
@@ -255,7 +259,7 @@ class ServiceMachine(RuleBasedStateMachine):
         self.over: list[int] = []
         self.turns: dict[str, int] = {}
         self.hosts.runs += 1
-        self._wrong = False
+        self._wrong = self._killed = False
         self._names = itertools.count(1)
 
     @initialize(texts=st.lists(TEXTS, min_size=1, max_size=3))
@@ -269,6 +273,7 @@ class ServiceMachine(RuleBasedStateMachine):
             self.graph.nodes[f"person{number}"] = Node("human-input", {})
             self._add_turns(f"turns{number}", [*"streamed"] if number else [{"n": 1}, [2], None, 4, "5", 6.5])
             self.graph.nodes[f"merge{number}"] = Node("merge", {"separator": SEPARATOR})
+            self.graph.nodes[f"cpu{number}"] = Node("t-cpu", {"text": f"computed {number}"})
         self.graph.nodes["fails"] = Node("t-raise", {})
         self.graph.nodes["large"] = Node("t-large", {"size": LARGE})
         for target, sources in {"merge0": ["text0", "person0", "turns1"], "merge1": ["merge0", "person1"]}.items():
@@ -412,6 +417,8 @@ class ServiceMachine(RuleBasedStateMachine):
 
     def _asked(self, id: int, name: str, codes: set[str]) -> Asked:
         node = self.graph.nodes.get(name)
+        if node and node.kind == "t-cpu" and self._killed:  # the pool may give it to one that is dying
+            codes = codes | {"worker_crash"}
         return Asked(id, name, node.port if node else "", self.graph.outcome(name), len(self.answers), codes)
 
     @precondition(lambda self: self._offers("demand_many"))
@@ -490,8 +497,23 @@ class ServiceMachine(RuleBasedStateMachine):
         self._ask("edit", "gates", [given])
         self.host.send(["demand", self.host.new_id(), "gates", "let", {}])
 
-    # Kills of workers have their rule here: `Fact("worker_killed")` is recorded before, and `worker_crash` becomes one
-    # of the codes that demands on that worker's nodes may end with.
+    @rule()
+    def kill_the_workers(self) -> None:
+        """Those of nodes that compute, with a signal that leaves them no time."""
+
+        def kill(reply: list[Any]) -> None:
+            for worker in reply[2]["pools"]["cpu"]["workers"]:
+                if worker["os_pid"] is not None:
+                    self._killed = True
+                    self.host.record(Fact("worker_killed"))
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(worker["os_pid"], signal.SIGKILL)
+            every = [*self.demands.values(), *(one for many in self.many.values() for one in many.each)]
+            for asked in every:
+                if self._killed and asked.port == PORTS["t-cpu"]:
+                    asked.codes.add("worker_crash")
+
+        self._ask("health", check=kill)
 
     # ------------------------------------------------------------------------------------- other requests
 

@@ -119,24 +119,21 @@ defmodule DemandPort.Doctor do
     end
   end
 
-  # Into the interpreter that somebody named, or the environment that is ours to make.
+  # Into the environment that is ours to make, or the one that somebody named.
   defp install(options, more \\ []) do
+    {python, origin} = Launch.python_and_origin(options)
     extras = Enum.uniq((options[:extras] || []) ++ more)
+    venv = python |> Path.dirname() |> Path.dirname()
 
-    case Launch.python_and_origin(options) do
-      {_, "mix demand_port.install"} ->
-        our_install(extras)
-
-      {"python3", _} ->
-        our_install(extras)
-
-      {python, _} ->
-        Enum.join(["#{python} -m pip install" | pip_files(extras ++ (options[:extras] || []))], " ")
+    cond do
+      origin == "mix demand_port.install" or python == "python3" -> task([], extras)
+      File.exists?(Path.join(venv, "pyvenv.cfg")) -> task(["--path", venv], extras)
+      true -> Enum.join(["#{python} -m pip install" | pip_files(extras)], " ")
     end
   end
 
-  defp our_install([]), do: "mix demand_port.install"
-  defp our_install(extras), do: "mix demand_port.install --extras #{Enum.join(extras, ",")}"
+  defp task(place, []), do: Enum.join(["mix demand_port.install" | place], " ")
+  defp task(place, extras), do: task(place ++ ["--extras", Enum.join(extras, ",")], [])
 
   defp pip_files(extras), do: Enum.map([nil | extras], &"-r #{Venv.requirements(&1)}")
 

@@ -65,11 +65,11 @@ defmodule DemandPort.Error do
       %DemandPort.Error{code: :unknown, message: "?", details: %{"code" => "brand_new"}}
   """
   @spec from_wire(term) :: t
-  def from_wire(%{"code" => text} = fields) when is_binary(text) do
+  def from_wire(%{"code" => text} = fields) when is_binary(text) and not is_struct(fields) do
     error = %__MODULE__{
       code: :unknown,
       message: text_or(fields["message"], text),
-      node: fields["node"],
+      node: text_or(fields["node"], nil),
       retryable: fields["retryable"] == true,
       details: fields["details"],
       traceback: fields["traceback"]

@@ -1,10 +1,9 @@
 defmodule DemandPort.Json do
   @moduledoc false
   # Reads JSON (RFC 8259), since graphs are JSON files and this library has no dependency. Strict: a key that comes
-  # twice, nesting deeper than the protocol carries, and numbers that no float holds are refused.
+  # twice and numbers that no float holds are refused.
 
   @spaces ' \t\r\n'
-  @max_depth 100
 
   @type value :: nil | boolean | number | String.t() | [value] | %{String.t() => value}
 
@@ -12,7 +11,7 @@ defmodule DemandPort.Json do
   @spec decode(binary) :: {:ok, value} | {:error, String.t()}
   def decode(text) when is_binary(text) do
     if not String.valid?(text), do: bad("it is not UTF-8", text)
-    {value, rest} = text |> skip() |> value(0)
+    {value, rest} = text |> skip() |> value()
     rest = skip(rest)
     if rest == "", do: {:ok, value}, else: bad("there is more after the value", rest)
   catch
@@ -30,46 +29,45 @@ defmodule DemandPort.Json do
   defp skip(<<c, rest::binary>>) when c in @spaces, do: skip(rest)
   defp skip(rest), do: rest
 
-  defp value(text, @max_depth), do: bad("nesting is deeper than #{@max_depth}", text)
-  defp value("null" <> rest, _depth), do: {nil, rest}
-  defp value("true" <> rest, _depth), do: {true, rest}
-  defp value("false" <> rest, _depth), do: {false, rest}
-  defp value("\"" <> rest, _depth), do: string(rest, [])
-  defp value("[" <> rest, depth), do: array(skip(rest), depth + 1)
-  defp value("{" <> rest, depth), do: object(skip(rest), depth + 1)
-  defp value(<<c, _::binary>> = text, _depth) when c in ?0..?9 or c == ?-, do: number(text)
-  defp value(text, _depth), do: bad("a value is missing", text)
+  defp value("null" <> rest), do: {nil, rest}
+  defp value("true" <> rest), do: {true, rest}
+  defp value("false" <> rest), do: {false, rest}
+  defp value("\"" <> rest), do: string(rest, [])
+  defp value("[" <> rest), do: array(skip(rest))
+  defp value("{" <> rest), do: object(skip(rest))
+  defp value(<<c, _::binary>> = text) when c in ?0..?9 or c == ?-, do: number(text)
+  defp value(text), do: bad("a value is missing", text)
 
-  defp array("]" <> rest, _depth), do: {[], rest}
-  defp array(text, depth), do: items(text, depth, [])
+  defp array("]" <> rest), do: {[], rest}
+  defp array(text), do: items(text, [])
 
-  defp items(text, depth, values) do
-    {value, rest} = value(text, depth)
+  defp items(text, values) do
+    {value, rest} = value(text)
 
     case skip(rest) do
-      "," <> rest -> rest |> skip() |> items(depth, [value | values])
+      "," <> rest -> rest |> skip() |> items([value | values])
       "]" <> rest -> {Enum.reverse(values, [value]), rest}
       rest -> bad("a comma or ] is missing", rest)
     end
   end
 
-  defp object("}" <> rest, _depth), do: {%{}, rest}
-  defp object(text, depth), do: members(text, depth, %{})
+  defp object("}" <> rest), do: {%{}, rest}
+  defp object(text), do: members(text, %{})
 
-  defp members("\"" <> rest = text, depth, map) do
+  defp members("\"" <> rest = text, map) do
     {key, rest} = string(rest, [])
     if is_map_key(map, key), do: bad("the key #{inspect(key)} comes twice", text)
-    {value, rest} = rest |> skip() |> after_colon() |> value(depth)
+    {value, rest} = rest |> skip() |> after_colon() |> value()
     map = Map.put(map, key, value)
 
     case skip(rest) do
-      "," <> rest -> rest |> skip() |> members(depth, map)
+      "," <> rest -> rest |> skip() |> members(map)
       "}" <> rest -> {map, rest}
       rest -> bad("a comma or } is missing", rest)
     end
   end
 
-  defp members(text, _depth, _map), do: bad("a key in quotation marks is missing", text)
+  defp members(text, _map), do: bad("a key in quotation marks is missing", text)
 
   defp after_colon(":" <> rest), do: skip(rest)
   defp after_colon(rest), do: bad("a colon is missing", rest)

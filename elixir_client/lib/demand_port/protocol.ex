@@ -55,7 +55,7 @@ defmodule DemandPort.Protocol do
           | {:session_event, String.t(), map}
           | {:execute, map}
           | {:cancel_call, pos_integer}
-          | {:log, Logger.level(), String.t(), String.t(), map}
+          | {:log, Logger.level(), logger :: term, text :: term, metadata :: term}
           | {:goodbye, Error.t()}
           | :part
           | {:unexpected, term}
@@ -200,7 +200,8 @@ defmodule DemandPort.Protocol do
     end
   end
 
-  defp message(protocol, ["ready", %{"protocol" => _} = info]) do
+  # An opaque term may be a struct, which Access does not read.
+  defp message(protocol, ["ready", %{"protocol" => _} = info]) when not is_struct(info) do
     {{:ready, info}, adopt(protocol, info["limits"])}
   end
 
@@ -238,10 +239,12 @@ defmodule DemandPort.Protocol do
     for_demand(protocol, id, message, {:node_event, id, {:node_event, session, event}})
   end
 
-  defp message(protocol, ["node_event", session, %{} = event]),
-    do: {{:session_event, session, event}, protocol}
+  defp message(protocol, ["node_event", session, %{"seq" => seq} = event]) when is_integer(seq) do
+    {{:session_event, session, event}, protocol}
+  end
 
-  defp message(protocol, ["node_execute", id, session, node, node_type, inputs, options]) do
+  defp message(protocol, ["node_execute", id, session, node, node_type, inputs, options])
+       when is_integer(id) and is_map(inputs) and is_map(options) and not is_struct(options) do
     call = %{id: id, session: session, node: node, node_type: node_type, inputs: inputs, options: options}
     {{:execute, call}, protocol}
   end
@@ -277,7 +280,7 @@ defmodule DemandPort.Protocol do
   @spec close(t, id) :: t
   def close(protocol, id), do: %{protocol | open: Map.delete(protocol.open, id)}
 
-  defp adopt(protocol, %{} = limits) do
+  defp adopt(protocol, limits) when is_map(limits) and not is_struct(limits) do
     %{
       protocol
       | peer_max_frame_bytes: limit(limits["max_frame_bytes"], protocol.peer_max_frame_bytes),

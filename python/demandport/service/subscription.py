@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any, Protocol
 
 from demandport.engine.events import EventLog, wanted
-from demandport.service.streams import Out
+
+
+class Events(Protocol):
+    """The way out for events."""
+
+    def send(self, message: list[Any], lane: int = 0) -> None: ...
+    def has_room(self) -> bool: ...
+    def on_room(self, waiter: asyncio.Future[None]) -> None: ...
 
 
 class Subscription:
@@ -15,7 +23,7 @@ class Subscription:
     `missed` with their `count`.
     """
 
-    def __init__(self, out: Out, session: str, log: EventLog, since: int, kinds: list[str] | None) -> None:
+    def __init__(self, out: Events, session: str, log: EventLog, since: int, kinds: list[str] | None) -> None:
         self._out, self._session, self._log = out, session, log
         self._kinds = None if kinds is None else frozenset(kinds)
         self._at = since

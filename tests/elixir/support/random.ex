@@ -7,6 +7,71 @@ defmodule DemandPort.Test.Random do
     any(4)
   end
 
+  @doc """
+  Runs a property with that many seeds; what is random in it comes from `:rand`. Says which seed failed.
+  """
+  def check(runs, property) do
+    for seed <- 1..runs do
+      :rand.seed(:exsss, {seed, 7, 11})
+
+      try do
+        property.()
+      rescue
+        error ->
+          IO.puts(:stderr, "the property failed with seed #{seed}")
+          reraise error, __STACKTRACE__
+      end
+    end
+  end
+
+  @doc "A value as `value/1` makes it, from what `:rand` gives next."
+  def value, do: any(4)
+
+  @doc "A list of `most` elements at most."
+  def list(most, element), do: for(_ <- some(most), do: element.())
+
+  @doc "The bytes in pieces of any sizes, one at least."
+  def slices(bytes) do
+    case byte_size(bytes) do
+      0 ->
+        [""]
+
+      size ->
+        {piece, rest} = :erlang.split_binary(bytes, :rand.uniform(size))
+        [piece | if(rest == "", do: [], else: slices(rest))]
+    end
+  end
+
+  @doc "The elements of all lists in one, those of each in their order."
+  def interleave(lists) do
+    case Enum.reject(lists, &(&1 == [])) do
+      [] ->
+        []
+
+      lists ->
+        {[first | rest], others} = List.pop_at(lists, :rand.uniform(length(lists)) - 1)
+        [first | interleave([rest | others])]
+    end
+  end
+
+  @doc "The bytes with a piece of them changed, taken out, put in or said twice, once or several times."
+  def damaged(bytes) do
+    damaged = Enum.reduce(1..:rand.uniform(3), bytes, fn _, bytes -> damage(bytes) end)
+    if damaged == bytes, do: damaged(bytes), else: damaged
+  end
+
+  defp damage(bytes) do
+    {before, rest} = :erlang.split_binary(bytes, :rand.uniform(byte_size(bytes) + 1) - 1)
+    {piece, rest} = :erlang.split_binary(rest, min(:rand.uniform(8), byte_size(rest)))
+
+    case :rand.uniform(4) do
+      1 -> before <> :rand.bytes(byte_size(piece)) <> rest
+      2 -> before <> rest
+      3 -> before <> piece <> piece <> rest
+      4 -> before <> <<:rand.uniform(256) - 1>> <> piece <> rest
+    end
+  end
+
   @doc "A text of every kind of code point, of up to `most` of them."
   def text(most), do: for(_ <- some(most), into: "", do: <<point()::utf8>>)
 

@@ -25,9 +25,14 @@ defmodule DemandPort.Graph.Loading do
     {:invalid_graph, message, fields} -> {:error, Error.new(:invalid_graph, message, fields)}
   end
 
-  @doc "A map with its keys as strings; throws where it is no map, or two of its keys are the same string."
-  @spec keyed(term, String.t()) :: map
-  def keyed(map, place) when is_map(map) and not is_struct(map) do
+  @doc "The id of an edge that was given none, made of its ends as the service makes it."
+  @spec edge_id(map) :: String.t()
+  def edge_id(edge) do
+    edge["id"] || "#{edge["source"]}.#{edge["source_handle"]}->#{edge["target"]}.#{edge["target_handle"]}"
+  end
+
+  # A map with its keys as strings.
+  defp keyed(map, place) when is_map(map) and not is_struct(map) do
     keyed = Map.new(map, fn {key, value} -> {key(key, place), value} end)
 
     if map_size(keyed) == map_size(map),
@@ -35,13 +40,7 @@ defmodule DemandPort.Graph.Loading do
       else: invalid("#{place} has a key twice, as atom and as string")
   end
 
-  def keyed(_other, place), do: invalid("#{place} must be a map")
-
-  @doc "The id of an edge that was given none, made of its ends as the service makes it."
-  @spec edge_id(map) :: String.t()
-  def edge_id(edge) do
-    edge["id"] || "#{edge["source"]}.#{edge["source_handle"]}->#{edge["target"]}.#{edge["target_handle"]}"
-  end
+  defp keyed(_other, place), do: invalid("#{place} must be a map")
 
   defp key(key, _place) when is_binary(key), do: key
   defp key(key, _place) when is_atom(key) and key not in [nil, true, false], do: Atom.to_string(key)
@@ -66,6 +65,7 @@ defmodule DemandPort.Graph.Loading do
     end)
   end
 
+  @spec doubled(String.t(), non_neg_integer, String.t()) :: no_return
   defp doubled("nodes", index, id) do
     invalid("nodes[#{index}]: there are two nodes with the id #{inspect(id)}", node: id)
   end
@@ -131,15 +131,19 @@ defmodule DemandPort.Graph.Loading do
   defp position(%{} = pair, place) do
     case keyed(pair, "#{place}.position") do
       %{"x" => x, "y" => y} -> position([x, y], place)
-      _ -> position(:incomplete, place)
+      _ -> no_position(place)
     end
   end
 
-  defp position(_other, place), do: invalid("#{place}.position must be [x, y] or {x, y}")
+  defp position(_other, place), do: no_position(place)
+
+  @spec no_position(String.t()) :: no_return
+  defp no_position(place), do: invalid("#{place}.position must be [x, y] or {x, y}")
 
   defp present(map, _key, nil), do: map
   defp present(map, key, value), do: Map.put(map, key, value)
 
+  @spec invalid(String.t()) :: no_return
   @spec invalid(String.t(), keyword) :: no_return
   defp invalid(message, fields \\ []), do: throw({:invalid_graph, message, fields})
 end
