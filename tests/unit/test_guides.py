@@ -1,4 +1,5 @@
-"""What docs/writing-a-node.md shows is what works: its files are put together and its tests are run."""
+"""What the guides show is what works: the files of docs/writing-a-node.md are put together and its tests are run; the
+configuration of docs/models.md and docs/graphs.md is taken."""
 
 from __future__ import annotations
 
@@ -8,7 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from demandport.inference import config as models
+from demandport.nodes import http, process
+from demandport.settings import Tables
 from support import ROOT, environment
+
+
+def configuration(guide: str, folder: Path) -> Tables:
+    (block,) = re.findall(r"^```toml\n(.*?)^```$", (ROOT / "docs" / guide).read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    (folder / "demandport.toml").write_text(block, "utf-8")
+    return Tables.read(folder / "demandport.toml")
 
 
 def test_writing_a_node(tmp_path: Path) -> None:
@@ -23,3 +33,24 @@ def test_writing_a_node(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{guide.count('def test_')} passed" in done.stdout, os.linesep + done.stdout
+
+
+def test_the_configuration_of_models(tmp_path: Path) -> None:
+    tables = configuration("models.md", tmp_path)
+    found = models.load_config(tables, {})
+    tables.require_known()
+    assert found.default_model == "assistant"
+    assert {name: spec.backend for name, spec in found.models.items()} == {
+        "assistant": "llama.cpp",
+        "vision": "llama-server",
+        "remote": "openai",
+        "local": "ollama",
+    }
+
+
+def test_the_configuration_of_programs_and_hosts(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    tables = configuration("graphs.md", tmp_path)
+    process.load_config(tables, {"PATH": os.environ["PATH"]})
+    assert "api.example.com" in str(http.load_config(tables, {}))
+    tables.require_known()
