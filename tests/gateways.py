@@ -23,8 +23,8 @@ from demandport.inference.gateway import Gateway
 from demandport.inference.library import tiny_path
 from demandport.inference.requests import GenerateRequest
 from demandport.nodes import BUILT_IN
+from demandport.testing import ScriptedBackend
 from demandport.workers.process import kill_all, live_workers
-from scripted import ScriptedBackend
 from sink import Sink
 from support import END_S, eventually
 

@@ -16,8 +16,8 @@ from demandport.errors import BackendUnavailable, DemandportError, NodeFailed
 from demandport.inference.backend import ToolCall
 from demandport.inference.gateway import Gateway
 from demandport.inference.requests import GenerateRequest
+from demandport.testing import ScriptedBackend
 from gateways import SCRIPTED, demand, node, scripted, with_gateway
-from scripted import ScriptedBackend
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(8)
 JPEG = b"\xff\xd8\xff\xe0" + bytes(8)

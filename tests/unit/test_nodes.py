@@ -31,8 +31,8 @@ from demandport.inference.library import Library, tiny_path
 from demandport.nodes import BUILT_IN, files, library, media
 from demandport.nodes.http import HttpConfig
 from demandport.nodes.process import ProcessConfig, Processes
+from demandport.testing import ScriptedBackend
 from gguf_files import write_gguf
-from scripted import ScriptedBackend
 from sink import Sink
 
 SPECS = {name: spec for name, spec in load_specs(BUILT_IN).items() if spec.call.__module__ in BUILT_IN}
