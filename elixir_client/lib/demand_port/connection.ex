@@ -50,7 +50,7 @@ defmodule DemandPort.Connection do
     # owners:   id => {:call, from, note} | {:demand, delivery} | {:note, text} | :nobody
     # refs:     demand reference => id        monitors: monitor reference => id
     # held:     {id, payload} to send to the next service that is ready, newest first; nil while one is
-    # sessions: name => what it takes to open it again
+    # sessions: name => what it takes to open it again      open: names of the sessions that are
     # downs:    when services were lost, the latest first
     defstruct [
       :port,
@@ -67,6 +67,7 @@ defmodule DemandPort.Connection do
       monitors: %{},
       held: [],
       sessions: %{},
+      open: MapSet.new(),
       downs: [],
       restarting: []
     ]
@@ -371,6 +372,7 @@ defmodule DemandPort.Connection do
       data
       | owners: waiting,
         held: held,
+        open: MapSet.new(Map.keys(data.sessions)),
         port: nil,
         info: nil,
         protocol: Protocol.restarted(data.protocol, kept),
@@ -486,7 +488,8 @@ defmodule DemandPort.Connection do
 
   defp replied({:restored, session}, {:error, error}, data) do
     warn("the session #{session} could not be restored: #{Exception.message(error)}")
-    {:keep_state, %{data | sessions: Map.delete(data.sessions, session)}}
+    sessions = Map.delete(data.sessions, session)
+    {:keep_state, %{data | sessions: sessions, open: MapSet.delete(data.open, session)}}
   end
 
   defp replied(:drained, _result, data), do: {:keep_state, data, {:next_event, :internal, :drained}}
@@ -507,7 +510,8 @@ defmodule DemandPort.Connection do
 
   defp noted({:opened, name, restore, host}, {:ok, _}, data) do
     sessions = if restore, do: Map.put(data.sessions, name, restore), else: data.sessions
-    %{data | sessions: sessions, hosts: HostCalls.opened(data.hosts, name, host)}
+    hosts = HostCalls.opened(data.hosts, name, host)
+    %{data | sessions: sessions, open: MapSet.put(data.open, name), hosts: hosts}
   end
 
   defp noted({:edited, name, operations}, {:ok, _}, data) when is_map_key(data.sessions, name) do
@@ -521,6 +525,7 @@ defmodule DemandPort.Connection do
     %{
       data
       | sessions: Map.delete(data.sessions, name),
+        open: MapSet.delete(data.open, name),
         subscriptions: subscriptions,
         hosts: HostCalls.closed(data.hosts, name)
     }
@@ -816,6 +821,7 @@ defmodule DemandPort.Connection do
       limits: data.info["limits"],
       open_requests: map_size(data.owners) - demands,
       open_demands: demands,
+      open_sessions: MapSet.size(data.open),
       held: length(data.held || []),
       restarts: length(data.downs),
       restorable_sessions: Map.keys(data.sessions),
