@@ -99,8 +99,7 @@ defmodule DemandPort.Cluster do
   @spec members(scope, model: String.t(), offer: term) :: [pid]
   def members(scope, options \\ []) do
     options = Options.validate!(options, :"Cluster.choose")
-    offering = offering(scope, options)
-    if options[:model], do: among(:pg.get_members(scope, {:model, options[:model]}), offering), else: offering
+    if options[:model], do: loaded(scope, options), else: offering(scope, options)
   end
 
   @doc """
@@ -226,12 +225,27 @@ defmodule DemandPort.Cluster do
 
   # First among those that have the model, then among the others.
   defp choose(scope, options, tried) do
-    offering = offering(scope, options) -- tried
+    loaded = loaded(scope, options) -- tried
 
-    loaded =
-      if options[:model], do: among(:pg.get_members(scope, {:model, options[:model]}), offering), else: []
+    least(loaded, options) || least((offering(scope, options) -- tried) -- loaded, options) ||
+      nobody(scope, options)
+  end
 
-    least(loaded, options) || least(offering -- loaded, options) || nobody(scope, options)
+  defp loaded(scope, options) do
+    case options[:model] do
+      nil -> []
+      model -> scope |> :pg.get_members({:model, model}) |> among(scope, options)
+    end
+  end
+
+  # Whoever has a model is a port of the cluster.
+  defp among(pids, scope, options) do
+    if Keyword.has_key?(options, :offer) and pids != [] do
+      offering = MapSet.new(offering(scope, options))
+      Enum.filter(pids, &(&1 in offering))
+    else
+      pids
+    end
   end
 
   defp offering(scope, options) do
@@ -241,21 +255,14 @@ defmodule DemandPort.Cluster do
     end
   end
 
-  defp among([], _all), do: []
-
-  defp among(pids, all) do
-    all = MapSet.new(all)
-    Enum.filter(pids, &(&1 in all))
-  end
-
   # As many as are asked, until one has answered.
   defp least([], _options), do: nil
 
   defp least(pids, options) do
-    {asked, others} = pids |> Enum.shuffle() |> Enum.split(options[:ask])
+    asked = Enum.take_random(pids, options[:ask])
 
     case Load.of(asked, options[:answer_ms]) do
-      [] -> least(others, options)
+      [] -> least(pids -- asked, options)
       loads -> {:ok, loads |> Enum.min_by(&preference/1) |> elem(0)}
     end
   end
