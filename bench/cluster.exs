@@ -126,6 +126,21 @@ defmodule Bench.Cluster do
     ns / 1.0e6
   end
 
+  @doc "Sessions on the fullest of so many ports, with ten for each, when the emptiest of those asked gets the next."
+  def fullest(ports, ask) do
+    ports
+    |> fill(ask, 10 * ports, :counters.new(ports, []))
+    |> then(fn counters -> Enum.max(for port <- 1..ports, do: :counters.get(counters, port)) end)
+  end
+
+  defp fill(_ports, _ask, 0, counters), do: counters
+
+  defp fill(ports, ask, left, counters) do
+    asked = for _ <- 1..ask, do: :rand.uniform(ports)
+    :counters.add(counters, Enum.min_by(asked, &:counters.get(counters, &1)), 1)
+    fill(ports, ask, left - 1, counters)
+  end
+
   def row(name, {here, there}),
     do: row(name, whole(here) <> "/s", whole(there) <> "/s", Float.round(there / here, 2))
 
@@ -206,6 +221,16 @@ defmodule Bench.Cluster.Main do
     cell.("a change told to the scope (two of them: a model is loaded, unloaded)", us(each_us(200, change)))
     message = {:join, self(), {:model, "some-model.gguf"}, self()}
     cell.("size of that message, to each other node", "#{:erlang.external_size(message)} bytes")
+
+    chunk = {make_ref(), {:node_stream, "llm", " token"}}
+    cell.("size of a chunk of one token, to the caller's node", "#{:erlang.external_size(chunk)} bytes")
+
+    for ask <- [1, 2, 4] do
+      cell.(
+        "fullest of 1,000 ports with 10,000 sessions, #{ask} asked (calculated)",
+        "#{fullest(1_000, ask)}"
+      )
+    end
 
     start = fn ->
       peer = Peers.start(:victim)

@@ -33,4 +33,12 @@ defmodule DemandPort.ExamplesTest do
     assert output =~ "from the cache"
     assert output =~ "cancelled"
   end
+
+  @tag :model
+  test "cluster.exs goes on when a node is killed" do
+    {output, status} = run("mix", ["run", "--no-compile", "examples/cluster.exs"])
+    assert status == 0, output
+    assert output =~ "is killed: backend_unavailable"
+    assert output =~ "done on another node"
+  end
 end
