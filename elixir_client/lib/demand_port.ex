@@ -26,7 +26,7 @@ defmodule DemandPort do
   the others are to be opened anew. Functions with a `!` return the result alone, and raise the error.
   """
 
-  alias DemandPort.{Connection, Delivery, Demand, Error, Graph, Host, Options, Restore, Session}
+  alias DemandPort.{Connection, Delivery, Demand, Error, Graph, Host, Options, Relay, Restore, Session}
 
   @typedoc "What `start_link/1` started: a pid or a registered name."
   @type port_server :: GenServer.server()
@@ -171,8 +171,8 @@ defmodule DemandPort do
   end
 
   @doc """
-  What the connection knows without asking the service: its process id and limits, open requests and demands, what is
-  held, restarts within the last minute, sessions that would be restored, calls of host nodes.
+  What the connection knows without asking the service: its process id and limits, open requests, demands and sessions,
+  what is held, restarts within the last minute, sessions that would be restored, calls of host nodes.
 
   #{Options.docs(:info)}
   """
@@ -190,7 +190,7 @@ defmodule DemandPort do
   @spec open(port_server, map | Graph.t() | Path.t(), keyword) :: {:ok, Session.t()} | {:error, Error.t()}
   def open(port, graph, options \\ []) do
     options = Options.validate!(options, :open)
-    name = options[:session] || "session-#{System.unique_integer([:positive])}"
+    name = options[:session] || Session.new_name()
     sent = opening(options)
 
     with {:ok, graph} <- Graph.to_wire(graph),
@@ -349,8 +349,8 @@ defmodule DemandPort do
     tag = if Keyword.has_key?(options, :tag), do: {:tag, options[:tag]}, else: :untagged
     delivery = %{delivery(session, node, options) | to: to, watch: watch, tag: tag}
 
-    with :ok <- Connection.demand(session.server, delivery, :infinity) do
-      {:ok, %Demand{server: session.server, session: session.name, node: node, ref: delivery.ref}}
+    with {:ok, server} <- Relay.demand(session.server, delivery) do
+      {:ok, %Demand{server: server, session: session.name, node: node, ref: delivery.ref}}
     end
   end
 

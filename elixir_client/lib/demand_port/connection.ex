@@ -53,7 +53,7 @@ defmodule DemandPort.Connection do
     # owners:   id => {:call, from, note} | {:demand, delivery} | {:note, text} | {:restored, session} | :nobody …
     # refs:     demand reference => id        monitors: monitor reference => id
     # held:     {id, payload} to send to the next service that is ready, newest first; nil while one is
-    # sessions: name => what it takes to open it again
+    # sessions: name => what it takes to open it again      open: names of the sessions that are
     # downs:    when services were lost, the latest first
     defstruct [
       :port,
@@ -70,6 +70,7 @@ defmodule DemandPort.Connection do
       monitors: %{},
       held: [],
       sessions: %{},
+      open: MapSet.new(),
       downs: [],
       restarting: []
     ]
@@ -408,6 +409,7 @@ defmodule DemandPort.Connection do
       data
       | owners: waiting,
         held: held,
+        open: MapSet.new(Map.keys(data.sessions)),
         port: nil,
         info: nil,
         protocol: Protocol.restarted(data.protocol, kept),
@@ -560,7 +562,8 @@ defmodule DemandPort.Connection do
 
   defp noted({:opened, name, restore, host}, {:ok, _}, data) do
     sessions = if restore, do: Map.put(data.sessions, name, restore), else: data.sessions
-    %{data | sessions: sessions, hosts: HostCalls.opened(data.hosts, name, host)}
+    hosts = HostCalls.opened(data.hosts, name, host)
+    %{data | sessions: sessions, open: MapSet.put(data.open, name), hosts: hosts}
   end
 
   defp noted({:edited, name, operations}, {:ok, _}, data) when is_map_key(data.sessions, name) do
@@ -585,6 +588,7 @@ defmodule DemandPort.Connection do
     %{
       data
       | sessions: Map.delete(data.sessions, name),
+        open: MapSet.delete(data.open, name),
         subscriptions: subscriptions,
         hosts: HostCalls.closed(data.hosts, name)
     }
@@ -890,6 +894,7 @@ defmodule DemandPort.Connection do
       limits: data.info["limits"],
       open_requests: map_size(data.owners) - demands,
       open_demands: demands,
+      open_sessions: MapSet.size(data.open),
       held: length(data.held || []),
       restarts: Enum.count(data.downs, &(&1 > recent)),
       restorable_sessions: Map.keys(data.sessions),

@@ -115,8 +115,9 @@ defmodule DemandPort.Delivery do
   def forget(delivery),
     do: Enum.each(delivery.monitors, fn {monitor, _} -> Process.demonitor(monitor, [:flush]) end)
 
-  # A mailbox on another node cannot be looked into; there the distribution's own limits hold.
-  defp backlog(delivery) do
+  @doc "Messages in the fullest of its receivers' mailboxes; those on other nodes cannot be looked into."
+  @spec backlog(t) :: non_neg_integer
+  def backlog(delivery) do
     Enum.reduce(delivery.to, 0, fn receiver, most ->
       with true <- is_pid(receiver) and node(receiver) == node(),
            {:message_queue_len, length} <- Process.info(receiver, :message_queue_len) do

@@ -14,7 +14,7 @@ defmodule DemandPort.Options do
 
   @type function_name :: atom
 
-  # {name, type, default, meaning}; a default of :none leaves the option out.
+  # {name, type, default, meaning}; a default of :none leaves the option out, :required must be given.
   # The longest time that the protocol carries, 2⁴⁰ ms.
   @longest_ms 1_099_511_627_776
   @timeout {:timeout, :timeout, 30_000, "how long to wait for the reply, in milliseconds"}
@@ -27,6 +27,18 @@ defmodule DemandPort.Options do
      "holds streamed text back up to this time, so that chunks are fewer"},
     {:coalesce_bytes, {:integer, 1}, :none, "holds streamed text back up to this size"}
   ]
+
+  @opening {:open, :keywords, [], "options of `DemandPort.open/3`"}
+  @choice [
+    {:model, :string, :none,
+     "name of a model: those that have it loaded come before all others, which would load it"},
+    {:offer, :any, :none, "only those that offer this, see `start_link/1`"},
+    {:ask, {:integer, 1}, 4, "how many are asked for their load; of more, that many at random"},
+    {:answer_ms, {:integer, 1}, 500, "time that these have to answer; who does not is not chosen"}
+  ]
+  @retry {:retry, {:integer, 0}, 0,
+          "how often the demand is begun again elsewhere after an error that is retryable, as long as no chunk was " <>
+            "delivered"}
 
   @table %{
     start_link: [
@@ -131,11 +143,49 @@ defmodule DemandPort.Options do
     drain: [
       {:timeout_ms, {:within, 0, @longest_ms}, 30_000, "time after which running demands are cancelled"}
     ],
+    "Pool.start_link": [
+      {:name, :atom, :required, "name of the pool, and the beginning of its members' names"},
+      {:size, {:integer, 1}, 2, "how many services"}
+    ],
+    "Pool.run": [@opening],
+    "Cluster.start_link": [
+      {:scope, :atom, :required, "name of the `:pg` scope, the same on every node"},
+      {:ports, {:list, :any}, [], "names of ports on this node that the cluster may use"},
+      {:pool, :atom, :none,
+       "a `DemandPort.Pool` on this node, started before, all of whose members it may use"},
+      {:offers, {:list, :any}, [], "terms that the ports of this node are to be found by, such as `:gpu`"},
+      {:refresh_ms, {:or, {:integer, 10}, [:infinity]}, 1_000,
+       "how often this node looks which models its ports have loaded; `:infinity`: when asked by `refresh/1`"}
+    ],
+    "Cluster.choose": @choice,
+    "Cluster.demand_async": [
+      @retry,
+      @opening,
+      {:to, :pids, :none, "pid that receives the messages, or a list of them; default: the caller"},
+      {:tag, :any, :none, "each message arrives as `{tag, message}`"},
+      {:credit, :credit, 64, "stream messages that may be under way; `:infinity` for no limit"},
+      @deadline | @shaping ++ @choice
+    ],
+    "Cluster.run": [
+      @retry,
+      @opening,
+      {:timeout, :timeout, 60_000, "time after which the demand is cancelled with `:deadline_exceeded`"},
+      {:on_stream, {:function, 2}, :none, "called with node and chunk in the caller, as chunks arrive"},
+      @deadline | @shaping ++ @choice
+    ],
+    "Cluster.stream": [
+      @retry,
+      @opening,
+      {:timeout, :timeout, :infinity, "longest time between two chunks, in milliseconds"},
+      {:credit, {:integer, 1}, 64, "chunks that may be on their way or wait while none is taken"},
+      @deadline | @shaping ++ @choice
+    ],
     "Graph.node": [{:position, :position, :none, "where an editor draws the node, `{x, y}`"}],
     "Graph.connect": [{:id, :string, :none, "name of the edge, for edits; default: one made of its ends"}]
   }
 
-  @plain ~w(answer close edit set_input clear_input get_output snapshot health ping validate models info unsubscribe)a
+  @plain ~w(answer close edit set_input clear_input get_output snapshot health ping validate models info unsubscribe)a ++
+           [:"Pool.info"]
   @functions Map.merge(@table, Map.new(@plain, &{&1, [@timeout]}))
 
   @doc "The options with defaults put in, or an `ArgumentError` that names the option, what it takes, and what it got."
@@ -147,7 +197,18 @@ defmodule DemandPort.Options do
       do: refuse("options of #{name(function)} must be a keyword list", options)
 
     Enum.each(options, &check!(&1, schema, function))
+    Enum.each(schema, &given!(&1, options, function))
     Keyword.merge(defaults(schema), options)
+  end
+
+  @doc "The options of one function and those it hands on to another, each validated."
+  @spec split!(keyword, function_name, function_name) :: {own :: keyword, others :: keyword}
+  def split!(options, function, other) do
+    unless Keyword.keyword?(options),
+      do: refuse("options of #{name(function)} must be a keyword list", options)
+
+    {own, others} = Keyword.split(options, Enum.map(Map.fetch!(@functions, function), &elem(&1, 0)))
+    {validate!(own, function), validate!(others, other)}
   end
 
   @doc "The options of a function as a Markdown list."
@@ -158,9 +219,11 @@ defmodule DemandPort.Options do
     end)
   end
 
-  defp defaults(schema), do: for({name, _, default, _} <- schema, default != :none, do: {name, default})
+  defp defaults(schema),
+    do: for({name, _, default, _} <- schema, default not in [:none, :required], do: {name, default})
 
   defp default_text(:none), do: ""
+  defp default_text(:required), do: " (required)"
   defp default_text(default), do: " (default: `#{inspect(default)}`)"
 
   defp check!({option, value}, schema, function) do
@@ -176,6 +239,14 @@ defmodule DemandPort.Options do
     end
   end
 
+  defp given!({option, type, :required, _}, options, function) do
+    unless Keyword.has_key?(options, option),
+      do:
+        raise(ArgumentError, "option #{inspect(option)} of #{name(function)} is required: #{describe(type)}")
+  end
+
+  defp given!(_optional, _options, _function), do: :ok
+
   defp refuse(text, value), do: raise(ArgumentError, "#{text}; got: #{inspect(value)}")
 
   defp name(function), do: "DemandPort.#{function}"
@@ -185,6 +256,10 @@ defmodule DemandPort.Options do
   defp fits?(:name, {:via, module, _name}), do: is_atom(module)
   defp fits?(:name, value), do: is_atom(value) and value not in [true, false, :undefined]
   defp fits?(:string, value), do: is_binary(value) and value != "" and String.valid?(value)
+  defp fits?(:atom, value), do: is_atom(value) and value not in [nil, true, false]
+  defp fits?(:keywords, value), do: Keyword.keyword?(value)
+  defp fits?(:pids, [_ | _] = values), do: Enum.all?(values, &is_pid/1)
+  defp fits?(:pids, value), do: is_pid(value)
   defp fits?(:boolean, value), do: is_boolean(value)
   defp fits?(:any_integer, value), do: is_integer(value)
   defp fits?({:integer, least}, value), do: is_integer(value) and value >= least
@@ -221,6 +296,9 @@ defmodule DemandPort.Options do
   defp describe(:any), do: "any term"
   defp describe(:name), do: "an atom, {:global, term} or {:via, module, term}"
   defp describe(:string), do: "a non-empty string"
+  defp describe(:atom), do: "a name (an atom)"
+  defp describe(:keywords), do: "a keyword list"
+  defp describe(:pids), do: "a pid, or a list of them"
   defp describe(:boolean), do: "true or false"
   defp describe(:any_integer), do: "an integer"
   defp describe({:integer, least}), do: "an integer from #{least}"

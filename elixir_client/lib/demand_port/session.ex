@@ -10,4 +10,9 @@ defmodule DemandPort.Session do
   defstruct [:server, :name, problems: []]
 
   @type t :: %__MODULE__{server: GenServer.server(), name: String.t(), problems: [map]}
+
+  @doc false
+  # Programs on several nodes may open sessions in one service: the name is unique among them all.
+  @spec new_name() :: String.t()
+  def new_name, do: "session-" <> Base.encode32(:rand.bytes(15), case: :lower)
 end

@@ -5,6 +5,7 @@ Standard library only, so that any Python 3 runs it. What a demand does is told 
     echo            completes with the demand's options as outputs
     stream-N        N chunks, within the credit given, then completes
     never           does not end until it is cancelled
+    hold            as never, and streams nothing
     refuse          answers with `error` in place of a terminal
     fail            ends with `node_failed`
     new-code        ends with a code that no table knows
@@ -20,7 +21,7 @@ Standard library only, so that any Python 3 runs it. What a demand does is told 
 
 Arguments: ``slow`` waits 0.3 s before `ready`; ``mute`` is never ready; ``old`` speaks protocol 9;
 ``die`` ends at once; ``log`` logs a line of each level; ``open=FILE`` does with `open` what the file says at the time:
-``mute`` does not answer it, ``refuse`` refuses it.
+``mute`` does not answer it, ``refuse`` refuses it; ``models=a,b`` says that it has these models loaded.
 """
 
 import os
@@ -98,6 +99,7 @@ SIZES = {0xC4: "B", 0xC5: "H", 0xC6: "I", 0xC7: "B", 0xC8: "H", 0xC9: "I", 0xD9:
 SIZES |= {0xDC: "H", 0xDD: "I", 0xDE: "H", 0xDF: "I"}
 
 running = {}  # demand id -> (node, next seq, end, credit)
+loaded = None
 seen = {"credits": [], "cancelled": [], "hello": None}
 
 
@@ -166,6 +168,8 @@ def demanded(demand, node, options):
     elif name == "never":
         running[demand] = (node, 0, -1, 0)
         send("node_stream", node, "started", demand, 0, "text")
+    elif name == "hold":
+        running[demand] = (node, 0, -1, 0)
     elif name == "refuse":
         send("error", demand, error("bad_message"))
     elif name == "fail":
@@ -224,7 +228,8 @@ def handle(message):
     elif kind == "health":
         send("ok", rest[0], {**seen, "open": len(running), "os_pid": os.getpid()})
     elif kind == "models":
-        pass  # never answered
+        if loaded is not None:  # else it is never answered
+            send("ok", rest[0], [{"model": model, "state": "ready"} for model in loaded])
     elif kind == "hello":
         seen["hello"] = rest[1]
         send("ok", rest[0], {"protocol": 1, "features": []})
@@ -250,6 +255,9 @@ def how_to_open():
 
 
 def main(mode):
+    global loaded
+    if mode.startswith("models="):
+        loaded = [model for model in mode.removeprefix("models=").split(",") if model]
     if mode == "die":
         sys.exit(3)
     if mode == "slow":

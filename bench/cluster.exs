@@ -1,0 +1,250 @@
+# What a hop of Erlang distribution costs, and what a choice in a cluster does: two nodes and two services on this machine,
+# one of each for either side, measured by turns in one run.
+#
+#     MIX_ENV=test mix run bench/cluster.exs
+#
+# Prints the table of docs/scaling.md. It takes about a minute and a half, and an epmd.
+
+defmodule Bench.Cluster do
+  alias DemandPort.Lease
+  alias DemandPort.Test.Peers
+
+  @rounds 5
+  @scope :bench_cluster
+  @port :bench_cluster_port
+
+  def scope, do: @scope
+  def port, do: @port
+
+  @doc "A folder with the benchmark's node types, as an installed package has them."
+  def nodes do
+    folder = Path.join(System.tmp_dir!(), "demand_port_bench_#{System.pid()}")
+    info = Path.join(folder, "bench_nodes-0.dist-info")
+    File.mkdir_p!(info)
+    File.cp!(Path.join(__DIR__, "bench_nodes.py"), Path.join(folder, "bench_nodes.py"))
+    File.write!(Path.join(info, "METADATA"), "Metadata-Version: 2.1\nName: bench-nodes\nVersion: 0\n")
+    File.write!(Path.join(info, "entry_points.txt"), "[demandport.nodes]\nbench = bench_nodes\n")
+    folder
+  end
+
+  def graph do
+    %{
+      nodes: [
+        %{id: "out", node_type: "text-input", data: %{text: "some text"}},
+        %{id: "flood", node_type: "bench-flood", data: %{count: 50_000}}
+      ],
+      edges: []
+    }
+  end
+
+  @doc "Rates of here and there, each the median of rounds taken by turns."
+  def rates(count, here, there, work) do
+    {here, there} =
+      for _ <- 1..@rounds do
+        {rate(count, fn -> work.(here) end), rate(count, fn -> work.(there) end)}
+      end
+      |> Enum.unzip()
+
+    {median(here), median(there)}
+  end
+
+  def rate(count, work), do: count * 1.0e9 / time(work)
+
+  def time(work) do
+    start = System.monotonic_time()
+    work.()
+    max(System.convert_time_unit(System.monotonic_time() - start, :native, :nanosecond), 1)
+  end
+
+  @doc "Median microseconds of one call."
+  def each_us(count, work), do: median(for _ <- 1..count, do: time(work)) / 1_000
+
+  def median(values), do: values |> Enum.sort() |> Enum.at(div(length(values), 2))
+
+  def pipelined(session, count, window) do
+    for _ <- 1..window, do: {:ok, _} = DemandPort.demand_async(session, "out")
+    slide(session, count - window)
+    for _ <- 1..window, do: ended()
+  end
+
+  defp slide(_session, 0), do: :ok
+
+  defp slide(session, left) do
+    ended()
+    {:ok, _} = DemandPort.demand_async(session, "out")
+    slide(session, left - 1)
+  end
+
+  defp ended do
+    receive do
+      {:demand_complete, _, _} -> :ok
+      {:demand_error, _, error} -> raise error
+    end
+  end
+
+  def flood(session, credit) do
+    {:ok, _} = DemandPort.edit(session, {:invalidate, "flood"})
+    {:ok, _} = DemandPort.demand_async(session, "flood", credit: credit)
+    chunks(0)
+  end
+
+  defp chunks(count) do
+    receive do
+      {:node_stream, _, _} -> chunks(count + 1)
+      {:demand_complete, _, _} -> count
+    end
+  end
+
+  def once(server, leases) do
+    {:ok, session, lease} = Lease.open(leases, server, graph(), [], self())
+    {:ok, _} = DemandPort.demand(session, "out")
+    Lease.release(lease)
+  end
+
+  @doc "A process that answers as an idle connection would."
+  def stand_in do
+    receive do
+      {:"$gen_call", from, :info} ->
+        :gen.reply(from, {:ok, %{open_demands: 0, open_sessions: 0, open_requests: 0, os_pid: 1}})
+        stand_in()
+    end
+  end
+
+  @doc "Milliseconds from the kill of a node to the error of a demand there, at its caller."
+  def kill(start) do
+    peer = start.()
+    {:ok, session} = DemandPort.open({@port, peer.node}, %{nodes: [], edges: []})
+    {:ok, _} = DemandPort.demand_async(session, "never")
+    receive do: ({:node_stream, _, _} -> :ok)
+
+    ns =
+      time(fn ->
+        Peers.kill(peer)
+        receive do: ({:demand_error, _, %{code: :backend_unavailable}} -> :ok)
+      end)
+
+    ns / 1.0e6
+  end
+
+  @doc "Sessions on the fullest of so many ports, with ten for each, when the emptiest of those asked gets the next."
+  def fullest(ports, ask) do
+    ports
+    |> fill(ask, 10 * ports, :counters.new(ports, []))
+    |> then(fn counters -> Enum.max(for port <- 1..ports, do: :counters.get(counters, port)) end)
+  end
+
+  defp fill(_ports, _ask, 0, counters), do: counters
+
+  defp fill(ports, ask, left, counters) do
+    asked = for _ <- 1..ask, do: :rand.uniform(ports)
+    :counters.add(counters, Enum.min_by(asked, &:counters.get(counters, &1)), 1)
+    fill(ports, ask, left - 1, counters)
+  end
+
+  def row(name, {here, there}),
+    do: row(name, whole(here) <> "/s", whole(there) <> "/s", Float.round(there / here, 2))
+
+  def row(name, here, there, ratio),
+    do: IO.puts("| #{name} | #{here} | #{there} | #{ratio} |")
+
+  def whole(rate), do: rate |> round() |> Integer.to_string() |> String.replace(~r/\B(?=(\d{3})+$)/, ",")
+  def us(value), do: "#{Float.round(value * 1.0, 1)} µs"
+end
+
+defmodule Bench.Cluster.Main do
+  import Bench.Cluster
+
+  alias DemandPort.Cluster
+  alias DemandPort.Test.{Peers, Services}
+
+  def main do
+    Logger.configure(level: :none)
+    :ok = Peers.start_distribution()
+    folder = nodes()
+    options = [name: port(), env: [{"PYTHONPATH", folder}], log_level: :none]
+    member = [scope: scope(), ports: [port()], refresh_ms: :infinity]
+
+    {:ok, _} = Supervisor.start_link([{DemandPort, options}, {Cluster, member}], strategy: :one_for_one)
+    peer = Peers.start(:bench)
+    Peers.keep(peer, [{DemandPort, options}, {Cluster, member}])
+    true = Services.eventually(fn -> length(Cluster.members(scope())) == 2 end, 10_000)
+    server = Enum.find(Cluster.members(scope()), &(node(&1) == peer.node))
+    {:ok, here} = DemandPort.open(port(), graph())
+    {:ok, there} = DemandPort.open(server, graph())
+
+    IO.puts("| what | on this node | one hop away | ratio |\n|---|---|---|---|")
+
+    one_by_one = &for(_ <- 1..5_000, do: {:ok, _} = DemandPort.demand(&1, "out"))
+    row("demands one after another", rates(5_000, here, there, one_by_one))
+    row("demands, 256 in flight", rates(20_000, here, there, &pipelined(&1, 20_000, 256)))
+    row("chunks of one stream, credit 64", rates(50_000, here, there, &flood(&1, 64)))
+    row("chunks of one stream, credit 1,024", rates(50_000, here, there, &flood(&1, 1_024)))
+
+    leases = Module.concat(scope(), "Leases")
+    sides = [{Process.whereis(port()), leases}, {server, {leases, peer.node}}]
+    [near, far] = sides
+
+    row(
+      "open, demand, close",
+      rates(500, near, far, fn {server, leases} -> for(_ <- 1..500, do: once(server, leases)) end)
+    )
+
+    IO.puts("\n| what | median |\n|---|---|")
+    cell = fn name, value -> IO.puts("| #{name} | #{value} |") end
+
+    cell.(
+      "choice of two ports, one of them a hop away",
+      us(each_us(500, fn -> {:ok, _} = Cluster.choose(scope()) end))
+    )
+
+    # Only the table grows; the load is asked of four, whatever its size, and these are on this node.
+    table = :bench_cluster_table
+    {:ok, _} = Cluster.start_link(scope: table)
+
+    for size <- [10, 1_000, 10_000] do
+      new = for _ <- 1..(size - length(Cluster.members(table))), do: spawn(&stand_in/0)
+      :ok = :pg.join(table, :ports, new)
+
+      cell.(
+        "choice among #{whole(size)} ports, no hop",
+        us(each_us(200, fn -> {:ok, _} = Cluster.choose(table) end))
+      )
+    end
+
+    cell.("look at a port's models, nothing changed", us(each_us(200, fn -> Cluster.refresh(scope()) end)))
+
+    change = fn ->
+      :ok = :pg.join(scope(), {:model, "some-model.gguf"}, Process.whereis(port()))
+      :ok = :pg.leave(scope(), {:model, "some-model.gguf"}, Process.whereis(port()))
+    end
+
+    cell.("a change told to the scope (two of them: a model is loaded, unloaded)", us(each_us(200, change)))
+    message = {:join, self(), {:model, "some-model.gguf"}, self()}
+    cell.("size of that message, to each other node", "#{:erlang.external_size(message)} bytes")
+
+    chunk = {make_ref(), {:node_stream, "llm", " token"}}
+    cell.("size of a chunk of one token, to the caller's node", "#{:erlang.external_size(chunk)} bytes")
+
+    for ask <- [1, 2, 4] do
+      cell.(
+        "fullest of 1,000 ports with 10,000 sessions, #{ask} asked (calculated)",
+        "#{fullest(1_000, ask)}"
+      )
+    end
+
+    start = fn ->
+      peer = Peers.start(:victim)
+      Peers.keep(peer, [{DemandPort, [name: port()] ++ Services.fake_options("")}])
+      peer
+    end
+
+    cell.(
+      "from the kill of a node to the error at a caller",
+      "#{Float.round(median(for _ <- 1..9, do: kill(start)), 1)} ms"
+    )
+
+    File.rm_rf!(folder)
+  end
+end
+
+Bench.Cluster.Main.main()

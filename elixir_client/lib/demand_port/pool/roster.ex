@@ -1,0 +1,103 @@
+defmodule DemandPort.Pool.Roster do
+  @moduledoc false
+  # Who is chosen next: the member with the least to do. It asks the members at each choice, and adds what was promised
+  # to them and is not open yet, so that a burst of callers does not all go to the one that was idle a moment ago.
+
+  use GenServer
+
+  alias DemandPort.Load
+
+  # A connection answers in microseconds, unless its service has stopped reading; such a one is left alone for a while.
+  @answer_ms 100
+  @leave_alone_ms 1_000
+
+  # members:  names, in the order of their index
+  # promised: monitor of who opens a session => member
+  # held:     {monitor of who restarts it, member}, or nil
+  # silent:   member => until when it is not asked
+  @enforce_keys [:members]
+  defstruct [:members, :held, promised: %{}, silent: %{}]
+
+  @spec start_link(keyword) :: GenServer.on_start()
+  def start_link(options), do: GenServer.start_link(__MODULE__, options[:members], name: options[:name])
+
+  @doc "The member to open a session on; promised until `opened/2`, or until the caller dies."
+  @spec take(GenServer.server()) :: {member :: atom, reference}
+  def take(roster), do: GenServer.call(roster, :take, :infinity)
+
+  @doc "The session is open, or will not be."
+  @spec opened(GenServer.server(), reference) :: :ok
+  def opened(roster, promise), do: GenServer.cast(roster, {:opened, promise})
+
+  @spec members(GenServer.server()) :: [atom]
+  def members(roster), do: GenServer.call(roster, :members)
+
+  @doc "Gives a member no new sessions until `release/2`, or until the caller dies; one at a time."
+  @spec hold(GenServer.server(), atom) :: {:ok, reference} | :held
+  def hold(roster, member), do: GenServer.call(roster, {:hold, member})
+
+  @spec release(GenServer.server(), reference) :: :ok
+  def release(roster, hold), do: GenServer.call(roster, {:release, hold})
+
+  @impl true
+  def init(members), do: {:ok, %__MODULE__{members: members}}
+
+  @impl true
+  def handle_call(:take, {pid, _}, state) do
+    {member, state} = choose(state)
+    promise = Process.monitor(pid)
+    {:reply, {member, promise}, %{state | promised: Map.put(state.promised, promise, member)}}
+  end
+
+  def handle_call(:members, _from, state), do: {:reply, state.members, state}
+
+  def handle_call({:hold, member}, {pid, _}, %{held: nil} = state) do
+    hold = Process.monitor(pid)
+    {:reply, {:ok, hold}, %{state | held: {hold, member}}}
+  end
+
+  def handle_call({:hold, _member}, _from, state), do: {:reply, :held, state}
+
+  def handle_call({:release, hold}, _from, state), do: {:reply, :ok, forget(state, hold)}
+
+  @impl true
+  def handle_cast({:opened, promise}, state), do: {:noreply, forget(state, promise)}
+
+  @impl true
+  def handle_info({:DOWN, monitor, :process, _, _}, state), do: {:noreply, forget(state, monitor)}
+
+  defp forget(state, monitor) do
+    Process.demonitor(monitor, [:flush])
+    held = if match?({^monitor, _}, state.held), do: nil, else: state.held
+    %{state | held: held, promised: Map.delete(state.promised, monitor)}
+  end
+
+  # When nobody can be had, the first that is not restarted is as good as any: a connection holds what comes too early.
+  defp choose(state) do
+    now = System.monotonic_time(:millisecond)
+    silent = Map.filter(state.silent, fn {_, until} -> until > now end)
+    asked = state.members -- [held(state) | Map.keys(silent)]
+    loads = Load.of(asked, @answer_ms)
+    answered = Enum.map(loads, &elem(&1, 0))
+    silent = for member <- asked -- answered, into: silent, do: {member, now + @leave_alone_ms}
+    promised = state.promised |> Map.values() |> Enum.frequencies()
+    {best(loads, promised) || fallback(state), %{state | silent: silent}}
+  end
+
+  # The first of those that weigh the same: members are in the order of their index.
+  defp best([], _promised), do: nil
+
+  defp best(loads, promised) do
+    {member, _} =
+      Enum.min_by(loads, fn {member, load} ->
+        Load.weight(%{load | requests: Map.get(promised, member, 0)})
+      end)
+
+    member
+  end
+
+  defp fallback(state), do: List.first(state.members -- [held(state)]) || hd(state.members)
+
+  defp held(%{held: {_, member}}), do: member
+  defp held(_state), do: nil
+end
