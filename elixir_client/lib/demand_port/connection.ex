@@ -28,6 +28,9 @@ defmodule DemandPort.Connection do
 
   require Logger
 
+  import DemandPort.Connection.Requests
+
+  alias DemandPort.Connection.Data
   alias DemandPort.{Delivery, Error, HostCalls, Launch, Msgpack, Protocol, Restore, Subscriptions, Telemetry}
 
   @client "demand_port/#{Mix.Project.config()[:version]} elixir"
@@ -46,35 +49,6 @@ defmodule DemandPort.Connection do
           | {:opened, String.t(), Restore.t() | nil, DemandPort.Host.t() | nil}
           | {:edited, String.t(), [map]}
           | {:closed, String.t()}
-
-  defmodule Data do
-    @moduledoc false
-    @enforce_keys [:options, :tasks]
-    # owners:   id => {:call, from, note} | {:demand, delivery} | {:note, text} | {:restored, session} | :nobody …
-    # refs:     demand reference => id        monitors: monitor reference => id
-    # held:     {id, payload} to send to the next service that is ready, newest first; nil while one is
-    # sessions: name => what it takes to open it again      open: names of the sessions that are
-    # downs:    when services were lost, the latest first
-    defstruct [
-      :port,
-      :protocol,
-      :options,
-      :tasks,
-      :started,
-      :failure,
-      :info,
-      hosts: %HostCalls{},
-      subscriptions: %Subscriptions{},
-      owners: %{},
-      refs: %{},
-      monitors: %{},
-      held: [],
-      sessions: %{},
-      open: MapSet.new(),
-      downs: [],
-      restarting: []
-    ]
-  end
 
   ## Called by the sender
 
@@ -630,33 +604,6 @@ defmodule DemandPort.Connection do
     end)
   end
 
-  defp send_held({id, payload}, data) do
-    case Protocol.recheck(data.protocol, id, payload) do
-      {:ok, _protocol} ->
-        transmit(data, id, payload)
-
-      {:error, error, protocol} ->
-        {owner, data} = disown(%{data | protocol: protocol}, id)
-        fail(owner, error)
-        data
-    end
-  end
-
-  ## Credit
-
-  # The credit of what was taken is given back here: by delivery and the look of a mailbox, or as the consumer says.
-  defp give(data, id, {grant, delivery}) do
-    data = own(data, id, {:demand, delivery})
-    if grant > 0, do: command(data, Protocol.credit(id, grant)), else: data
-  end
-
-  defp look_again(data, id) do
-    case data.owners do
-      %{^id => {:demand, delivery}} -> give(data, id, Delivery.grant(delivery))
-      _ -> data
-    end
-  end
-
   defp look_actions(data, id) do
     case data.owners do
       %{^id => {:demand, delivery}} ->
@@ -664,124 +611,6 @@ defmodule DemandPort.Connection do
 
       _ ->
         []
-    end
-  end
-
-  ## Requests
-
-  defp open_demand(data, delivery) do
-    window = if delivery.window == nil, do: data.options[:credit], else: delivery.window
-
-    with {:ok, id, data} <- open(data, &to_wire(&1, delivery, window)) do
-      delivery = delivery |> broadcast(data.tasks) |> Delivery.opened(window)
-
-      {:ok,
-       %{
-         own(data, id, {:demand, delivery})
-         | refs: Map.put(data.refs, delivery.ref, id),
-           monitors:
-             Enum.reduce(delivery.monitors, data.monitors, fn {monitor, _}, all ->
-               Map.put(all, monitor, id)
-             end)
-       }}
-    end
-  end
-
-  defp to_wire(protocol, %{node: nodes} = delivery, _window) when is_list(nodes) do
-    Protocol.demand_many(protocol, delivery.session, nodes, delivery.options)
-  end
-
-  defp to_wire(protocol, delivery, :infinity) do
-    Protocol.demand(protocol, delivery.session, delivery.node, delivery.options)
-  end
-
-  defp to_wire(protocol, delivery, window) do
-    Protocol.demand(protocol, delivery.session, delivery.node, Map.put(delivery.options, "credit", window))
-  end
-
-  # An adapter's code runs in a process of its own, whose mailbox is the demand's, and without which it is of no use.
-  defp broadcast(%{to: [{:broadcast, to}]} = delivery, tasks) do
-    arguments = [to, delivery.node, tasks]
-    {:ok, pid} = Task.Supervisor.start_child(tasks, DemandPort.Broadcaster, :forward, arguments)
-    %{delivery | to: [pid], watch: [pid | delivery.watch], ends_with: :any}
-  end
-
-  defp broadcast(delivery, _tasks), do: delivery
-
-  defp open(data, build) do
-    with :ok <- room(data),
-         {:ok, id, payload, protocol} <- build.(data.protocol) do
-      {:ok, id, transmit(%{data | protocol: protocol}, id, payload)}
-    end
-  end
-
-  # Sends a request of the connection's own.
-  defp send_own(data, owner, build) do
-    case open(data, build) do
-      {:ok, id, data} ->
-        own(data, id, owner)
-
-      {:error, error} ->
-        warn("a request was not sent: #{Exception.message(error)}")
-        data
-    end
-  end
-
-  defp room(%{held: nil}), do: :ok
-
-  defp room(%{held: held, options: options}) do
-    max = options[:max_pending]
-
-    if length(held) < max do
-      :ok
-    else
-      {:error, Error.new(:queue_full, "the service is starting and #{max} requests wait", retryable: true)}
-    end
-  end
-
-  defp transmit(%{held: nil} = data, _id, payload), do: command(data, payload)
-  defp transmit(data, id, payload), do: %{data | held: [{id, payload} | data.held]}
-
-  defp command(%{port: nil} = data, _payload), do: data
-
-  defp command(data, payload) do
-    Port.command(data.port, payload)
-    data
-  rescue
-    # The port has ended; its exit message is on the way and says so to everyone.
-    ArgumentError -> data
-  end
-
-  # One that is held still is not sent at all, and one that was cancelled is not cancelled again.
-  defp send_cancel(%{held: held} = data, demand_id) do
-    {:demand, delivery} = data.owners[demand_id]
-
-    cond do
-      held != nil and List.keymember?(held, demand_id, 0) ->
-        {owner, data} = disown(%{data | held: List.keydelete(held, demand_id, 0)}, demand_id)
-        fail(owner, Error.new(:cancelled, "the demand was cancelled"))
-        %{data | protocol: Protocol.close(data.protocol, demand_id)}
-
-      delivery.cancelled ->
-        data
-
-      true ->
-        data = own(data, demand_id, {:demand, %{delivery | cancelled: true}})
-        send_now(data, :nobody, &Protocol.cancel(&1, demand_id))
-    end
-  end
-
-  # While draining, what is about running demands goes to the service that has them.
-  defp send_now(data, owner, build) do
-    case build.(data.protocol) do
-      {:ok, id, payload, protocol} -> %{data | protocol: protocol} |> command(payload) |> own(id, owner)
-      {:error, error} -> tap(data, fn _ -> warn("a request was not sent: #{Exception.message(error)}") end)
-    end
-  end
-
-  defp drain(data, timeout_ms) do
-    with {:ok, id, payload, protocol} <- Protocol.request(data.protocol, "drain", [timeout_ms]) do
-      {:ok, %{data | protocol: protocol} |> command(payload) |> own(id, :drained)}
     end
   end
 
@@ -826,47 +655,7 @@ defmodule DemandPort.Connection do
     command(data, payload)
   end
 
-  ## Owners
-
-  defp own(data, id, owner), do: %{data | owners: Map.put(data.owners, id, owner)}
-
-  defp disown(data, id) do
-    {owner, owners} = Map.pop(data.owners, id)
-    {owner, forget(%{data | owners: owners}, owner)}
-  end
-
-  # Nobody receives the demand any more; it is open until the service has ended it.
-  defp release(data, id) do
-    {:demand, delivery} = owner = data.owners[id]
-    data |> forget(owner) |> own(id, {:demand, %{delivery | to: [], monitors: %{}}})
-  end
-
-  defp forget(data, {:demand, delivery}) do
-    data = unwatch(data, delivery)
-    %{data | refs: Map.delete(data.refs, delivery.ref)}
-  end
-
-  defp forget(data, _owner), do: data
-
-  defp unwatch(data, delivery) do
-    Delivery.forget(delivery)
-    %{data | monitors: Map.drop(data.monitors, Map.keys(delivery.monitors))}
-  end
-
-  # Who receives the demand, if anybody lives who does, learns its end from the service.
-  defp watcher_died(data, monitor) do
-    {id, monitors} = Map.pop(data.monitors, monitor)
-    {:demand, delivery} = data.owners[id]
-    data = %{data | monitors: monitors}
-
-    case Delivery.abandoned(delivery, monitor) do
-      {true, delivery} ->
-        data |> unwatch(delivery) |> own(id, {:demand, %{delivery | monitors: %{}}}) |> send_cancel(id)
-
-      {false, delivery} ->
-        own(data, id, {:demand, delivery})
-    end
-  end
+  ## Small things
 
   defp with_ref(data, ref, change) do
     case data.refs do
@@ -874,13 +663,6 @@ defmodule DemandPort.Connection do
       _ -> :keep_state_and_data
     end
   end
-
-  defp fail({:call, from, _note}, error), do: :gen_statem.reply(from, {:error, error})
-
-  defp fail({:demand, delivery}, error),
-    do: Delivery.ended(delivery, {:demand_error, delivery.node, error}, %{})
-
-  defp fail(_nobody, _error), do: :ok
 
   defp reply_all(callers, reply), do: Enum.each(callers, &:gen_statem.reply(&1, reply))
 

@@ -1,0 +1,35 @@
+defmodule DemandPort.Connection.Data do
+  @moduledoc false
+  # The state of a connection.
+  #
+  # owners:   id => {:call, from, note} | {:demand, delivery} | {:note, text} | {:restored, session} | :nobody …
+  # refs:     demand reference => id        monitors: monitor reference => id
+  # held:     {id, payload} to send to the next service that is ready, newest first; nil while one is
+  # sessions: name => what it takes to open it again      open: names of the sessions that are
+  # downs:    when services were lost, the latest first
+
+  alias DemandPort.{HostCalls, Subscriptions}
+
+  @enforce_keys [:options, :tasks]
+  defstruct [
+    :port,
+    :protocol,
+    :options,
+    :tasks,
+    :started,
+    :failure,
+    :info,
+    hosts: %HostCalls{},
+    subscriptions: %Subscriptions{},
+    owners: %{},
+    refs: %{},
+    monitors: %{},
+    held: [],
+    sessions: %{},
+    open: MapSet.new(),
+    downs: [],
+    restarting: []
+  ]
+
+  @type t :: %__MODULE__{}
+end
