@@ -45,14 +45,14 @@ defmodule DemandPort.ExamplesTest do
   @tag :model
   test "genserver.exs has the chunks in its state" do
     output = example("genserver.exs")
-    assert output =~ "told: Once upon a time"
+    assert output =~ ~r/told: \w/
     assert output =~ "are the whole story: true"
   end
 
   @tag :model
   test "pubsub.exs reaches every listener" do
     output = example("pubsub.exs")
-    assert output =~ "both heard: Owls"
+    assert output =~ ~r/both heard: .*owl/i
     assert output =~ "the same: true"
   end
 
