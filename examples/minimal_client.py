@@ -1,6 +1,8 @@
 """A client in 60 lines, with nothing of this project: what docs/protocol-for-implementers.md tells how to write.
 
-python examples/minimal_client.py "Tell me about cats."
+    python examples/minimal_client.py "Tell me about cats."
+
+The argument is the prompt. The Python that runs this runs the service too.
 """
 
 import struct

@@ -87,8 +87,8 @@ defmodule DemandPort.BroadcasterTest do
   defp heard(pid, text \\ "") do
     receive do
       {^pid, {:workflow_stream, "n", chunk}} -> heard(pid, text <> chunk)
-      {^pid, {:workflow_output, "n", outputs}} -> {text, outputs}
-      {^pid, {:workflow_error, "n", error}} -> {text, error}
+      {^pid, {:workflow_output, "n", outputs}} -> {:output, text, outputs}
+      {^pid, {:workflow_error, "n", error}} -> {:error, text, error}
     after
       @wait -> flunk("nothing is broadcast")
     end
@@ -106,7 +106,7 @@ defmodule DemandPort.BroadcasterTest do
         to = {adapter, server, "room"}
         {:ok, _} = DemandPort.demand_async(hosted(port, "count", to: 200), "n", broadcast: to)
         whole = Enum.map_join(1..200, &"#{&1} ")
-        for pid <- pids, do: assert(heard(pid) == {whole, %{"output" => whole}})
+        for pid <- pids, do: assert(heard(pid) == {:output, whole, %{"output" => whole}})
         refute_received {^other, _}
         # Nothing follows the end, and the caller is no subscriber.
         refute_received _
@@ -117,7 +117,7 @@ defmodule DemandPort.BroadcasterTest do
         pid = subscriber(adapter, server, "room")
         session = hosted(port, "boom")
         {:ok, _} = DemandPort.demand_async(session, "n", broadcast: {adapter, server, "room"})
-        assert {"", %Error{code: :node_failed, message: "boom", node: "n"}} = heard(pid)
+        assert {:error, "", %Error{code: :node_failed, message: "boom", node: "n"}} = heard(pid)
         refute_received _
       end
 
@@ -128,7 +128,7 @@ defmodule DemandPort.BroadcasterTest do
         {:ok, demand} = DemandPort.demand_async(session, "n", broadcast: {adapter, server, "room"})
         assert_receive {:waiting, _}, @wait
         DemandPort.cancel(demand)
-        assert {"", %Error{code: :cancelled}} = heard(pid)
+        assert {:error, "", %Error{code: :cancelled}} = heard(pid)
         assert_receive :stopped, @wait
       end
 

@@ -87,7 +87,7 @@ defmodule ChatWeb.ChatLive do
     change(socket, id, &%{&1 | answer: &1.answer <> chunk})
   end
 
-  # The whole text: who opened the room in the middle of the answer has it complete now.
+  # The whole text: a node that is cached streams nothing. (Who opens a room sees what is asked from then on.)
   defp heard(socket, {:workflow_output, id, outputs}) do
     socket |> change(id, &%{&1 | answer: outputs["response"], state: :done}) |> over(id)
   end
