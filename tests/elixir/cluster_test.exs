@@ -7,6 +7,8 @@ defmodule DemandPort.ClusterTest do
   alias DemandPort.{Cluster, Error, Graph}
   alias DemandPort.Test.Peers
 
+  doctest DemandPort.Cluster
+
   @scope :demand_port_test
   @port :demand_port_test_port
   @graph %{nodes: [], edges: []}
@@ -201,6 +203,40 @@ defmodule DemandPort.ClusterTest do
 
       assert [_, _] = health(b)["cancelled"]
       assert %{open_demands: 0, open_sessions: 1} = info(b)
+    end
+  end
+
+  test "of many demands each ends once, whatever dies" do
+    [a, b] = [peer(:a), peer(:b)]
+
+    tags =
+      for n <- 1..150 do
+        node = Enum.at(["stream-200", "hold", "never"], rem(n, 3))
+        {:ok, demand} = Cluster.demand_async(@scope, @graph, node, tag: n, retry: rem(n, 2), credit: 2)
+        {n, demand}
+      end
+
+    assert_receive {_, {:node_stream, "never", _}}, @wait
+    # A service, a node, and the wish for most of the rest.
+    {_, 0} = System.cmd("kill", ["-KILL", "#{health(b)["os_pid"]}"])
+    Peers.kill(a)
+    for {n, demand} <- tags, rem(n, 3) != 0, do: DemandPort.cancel(demand)
+
+    ends = terminals(length(tags), [])
+    assert Enum.sort(ends) == Enum.to_list(1..150)
+    assert eventually(fn -> match?(%{open_sessions: 0, open_demands: 0}, info(b)) end)
+    refute_receive {_, {_, _, _}}, 50
+  end
+
+  # The tags of the next so many ends; chunks are taken on the way.
+  defp terminals(0, tags), do: tags
+
+  defp terminals(left, tags) do
+    receive do
+      {_, {:node_stream, _, _}} -> terminals(left, tags)
+      {tag, {kind, _, _}} when kind in [:demand_complete, :demand_error] -> terminals(left - 1, [tag | tags])
+    after
+      @wait -> flunk("#{left} demands have not ended; those that have: #{inspect(tags, limit: :infinity)}")
     end
   end
 

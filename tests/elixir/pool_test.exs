@@ -7,6 +7,9 @@ defmodule DemandPort.PoolTest do
   alias DemandPort.{Error, Graph, Pool}
   alias DemandPort.Pool.Roster
 
+  doctest DemandPort.Pool
+  doctest DemandPort.Load
+
   @wait 10_000
   # The fake service takes any graph.
   @graph %{nodes: [], edges: []}
@@ -137,6 +140,8 @@ defmodule DemandPort.PoolTest do
       assert_raise ArgumentError, ~r/:kredit is not known to DemandPort.open/, fn ->
         Pool.run(:nobody, @graph, "x", open: [kredit: 1])
       end
+
+      assert {:error, %Error{code: :backend_unavailable}} = Pool.open(:nobody, @graph)
 
       assert_raise ArgumentError, ~r/:size of DemandPort.Pool.start_link must be an integer from 1/, fn ->
         Pool.start_link(name: Some.Pool, size: 0)

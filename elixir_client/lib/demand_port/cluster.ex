@@ -36,7 +36,7 @@ defmodule DemandPort.Cluster do
   are groups of `:pg`, that travel when they change. The load is asked for when it is needed: of at most `ask` ports, taken
   at random, all at once; the one with the fewest open demands, sessions and requests is chosen, one on this node among
   equals. So a choice costs the same however many nodes there are, and is never older than its answer. docs/scaling.md
-  has figures and limits.
+  has figures and limits. All nodes run one version of this library.
   """
 
   alias DemandPort.{Connection, Delivery, Demand, Error, Graph, Lease, Load, Options, Pool, Relay, Session}
@@ -75,10 +75,10 @@ defmodule DemandPort.Cluster do
     pooled = if options[:pool], do: Pool.members(options[:pool]), else: []
     member = Keyword.take(options, [:scope, :offers, :refresh_ms])
 
-    # Without the scope's process, the groups are empty: the member joins again after it.
+    # Without the scope's process, the groups are empty: the member joins again after it. What is open stays.
     children = [
-      %{id: :pg, start: {:pg, :start_link, [scope]}},
       {Task.Supervisor, name: leases(scope)},
+      %{id: :pg, start: {:pg, :start_link, [scope]}},
       {Member, member ++ [name: member(scope), ports: options[:ports] ++ pooled, timeout: @models_ms]}
     ]
 
@@ -96,7 +96,7 @@ defmodule DemandPort.Cluster do
   The ports of the cluster that this node knows of, as pids; `model` and `offer` leave only those that have it.
   Asks nobody.
   """
-  @spec members(scope, model: String.t(), offer: term) :: [pid]
+  @spec members(scope, keyword) :: [pid]
   def members(scope, options \\ []) do
     options = Options.validate!(options, :"Cluster.choose")
     if options[:model], do: loaded(scope, options), else: offering(scope, options)
@@ -130,7 +130,7 @@ defmodule DemandPort.Cluster do
   Opens a graph on the port with the least to do, demands a node of it, and closes it at the end. Returns at once; the
   messages are those of `DemandPort.demand_async/3`, and every failure is a `:demand_error`.
 
-  `DemandPort.cancel/1` cancels it. It is cancelled when its last receiver dies.
+  `DemandPort.cancel/1` cancels it. It is cancelled when its last receiver dies. Each attempt has the whole `deadline_ms`.
 
   #{Options.docs(:"Cluster.demand_async")}
   """

@@ -80,6 +80,8 @@ defmodule DemandPort.Lease do
   @doc false
   @spec hold(reference, GenServer.server(), map, keyword, pid) :: term
   def hold(ref, server, graph, options, owner) do
+    # When its supervisor stops, the session is closed all the same.
+    Process.flag(:trap_exit, true)
     monitor = Process.monitor(owner)
 
     case DemandPort.open(server, graph, options) do
@@ -90,12 +92,16 @@ defmodule DemandPort.Lease do
 
       {:error, error} ->
         send(ref, {ref, {:error, error}})
+        # It may be opened yet, by a service that was slow.
+        if error.code == :deadline_exceeded,
+          do: DemandPort.close(%Session{server: server, name: options[:session]})
     end
   end
 
   defp wait(monitor) do
     receive do
       :release -> :ok
+      {:EXIT, _supervisor, _reason} -> :ok
       {:DOWN, ^monitor, :process, _, _} -> :ok
     end
   end

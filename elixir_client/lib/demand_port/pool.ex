@@ -152,12 +152,12 @@ defmodule DemandPort.Pool do
   end
 
   defp on_member(pool, open) do
-    {member, promise} = Roster.take(roster(pool))
-
-    try do
-      open.(member)
-    after
-      Roster.opened(roster(pool), promise)
+    with {:ok, member, promise} <- Roster.take(roster(pool)) do
+      try do
+        open.(member)
+      after
+        Roster.opened(roster(pool), promise)
+      end
     end
   end
 

@@ -5,7 +5,7 @@ defmodule DemandPort.Pool.Roster do
 
   use GenServer
 
-  alias DemandPort.Load
+  alias DemandPort.{Connection, Error, Load}
 
   # A connection answers in microseconds, unless its service has stopped reading; such a one is left alone for a while.
   @answer_ms 100
@@ -22,8 +22,8 @@ defmodule DemandPort.Pool.Roster do
   def start_link(options), do: GenServer.start_link(__MODULE__, options[:members], name: options[:name])
 
   @doc "The member to open a session on; promised until `opened/2`, or until the caller dies."
-  @spec take(GenServer.server()) :: {member :: atom, reference}
-  def take(roster), do: GenServer.call(roster, :take, :infinity)
+  @spec take(GenServer.server()) :: {:ok, member :: atom, reference} | {:error, Error.t()}
+  def take(roster), do: Connection.call(roster, :take, :infinity)
 
   @doc "The session is open, or will not be."
   @spec opened(GenServer.server(), reference) :: :ok
@@ -46,7 +46,7 @@ defmodule DemandPort.Pool.Roster do
   def handle_call(:take, {pid, _}, state) do
     {member, state} = choose(state)
     promise = Process.monitor(pid)
-    {:reply, {member, promise}, %{state | promised: Map.put(state.promised, promise, member)}}
+    {:reply, {:ok, member, promise}, %{state | promised: Map.put(state.promised, promise, member)}}
   end
 
   def handle_call(:members, _from, state), do: {:reply, state.members, state}
