@@ -410,6 +410,7 @@ defmodule DemandPort.DyingTest do
         assert code in [:backend_unavailable, :cancelled]
         for kind <- [:sync, :stream], do: assert({:error, %Error{}} = outcomes[kind])
         assert_receive {:session, session}
+        assert eventually(fn -> info(port).restarts == 1 end)
         assert DemandPort.demand!(session, "out") == %{"text" => "hello"}
         settled(port)
         refute_received {:async, _}
@@ -767,6 +768,8 @@ defmodule DemandPort.DyingTest do
       send(self(), first)
       signal(port, :KILL)
       for outcome <- caller_outcomes(), do: assert(match?({:ok, "hello"}, outcome) or lost?(outcome))
+      # All may have been answered before the end was seen.
+      assert eventually(fn -> info(port).restarts == 1 end)
       assert DemandPort.demand!(session, "out") == %{"text" => "hello"}
       settled(port)
     end
