@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from demandport.engine.node import node
+from demandport.engine.node import Context, node
 from demandport.graph.spec import Port
 
 
@@ -56,3 +56,16 @@ async def spins(seconds: float) -> float:
     while time.monotonic() < end:
         pass
     return seconds
+
+
+@node("bench-hold", runs="cpu", outputs={"text": "string"})
+def holds(ctx: Context, seconds: float = 1000.0) -> None:
+    """Says that it has begun, and keeps its worker."""
+    ctx.emit_from_thread("begun")
+    time.sleep(seconds)
+
+
+@node("bench-echo", runs="cpu")
+def echo(value: Any = None) -> Any:
+    """The same value, from a worker."""
+    return value

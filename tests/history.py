@@ -262,7 +262,7 @@ class Judge:
         if not id:
             self._nameless.append(self._index)
             return None
-        asked = Asked(self._index, id, message[0])
+        asked = Asked(self._index, id, _key(message[0]))
         if self._drained:
             asked.cancellable = asked.expires = True
         self._open.setdefault(id, []).append(asked)

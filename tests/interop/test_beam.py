@@ -74,7 +74,7 @@ def test_nothing_is_left_after_a_kill(victim: str, when: str, nodes: Path, tmp_p
 
 
 def test_a_torn_frame_never_reaches_the_owner(nodes: Path) -> None:
-    for _ in range(count(1, 200)):
+    for _ in range(count(1, 1000)):
         with beam(nodes=nodes) as host:
             host.open("s", ("a", "t-objects", {"count": ENDLESS, "padding": "x" * 50_000}))
             host.send(["demand", 1, "s", "a"])

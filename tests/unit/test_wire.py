@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import struct
 from typing import Any
 
@@ -257,6 +258,20 @@ def test_malformed_messages_cost_themselves_alone() -> None:
     events = connection.receive(b"".join(map(frame, bad)) + frame(MsgpackCodec().encode(["ping", 1])))
     assert [event.id for event in events] == [0, 0, 0, 0, 9, 1]
     assert all(type(event) is Refused for event in events[:-1])
+
+
+def test_what_is_refused_is_free_at_once() -> None:
+    connection = Connection(MsgpackCodec(), 1024)
+    bad = [b"", b"\xc1", b"\xa1x", b"\x91\xa1\xff", MsgpackCodec().encode(["ping", 9, 9])]
+    gc.collect()
+    gc.disable()
+    try:
+        refused = connection.receive(b"".join(map(frame, bad)))
+        assert len(refused) == len(bad)
+        del refused
+        assert gc.collect() == 0, "the garbage collector has found what nobody needs any more"
+    finally:
+        gc.enable()
 
 
 def test_a_frame_over_the_limit_is_the_end() -> None:

@@ -110,7 +110,7 @@ class Connection:
         except UnsupportedProtocol as refused:
             return Farewell(refused, 65, readable_id(message))
         except DemandportError as refused:
-            return Refused(readable_id(message), refused)
+            return Refused(readable_id(message), _without_frames(refused))
 
     def _claim(self, id: int) -> None:
         if id in self.open_ids:
@@ -128,3 +128,10 @@ class Connection:
         low, high = message.options.protocol
         if not low <= PROTOCOL <= high:
             raise UnsupportedProtocol(f"this service speaks protocol {PROTOCOL}, the host {low} to {high}")
+
+
+def _without_frames(error: DemandportError) -> DemandportError:
+    """The error without the frames that it came through. They hold the list that it is returned in: a cycle for each
+    bad frame, which the collector would find by the ten thousand, and all else would wait for it."""
+    error.__context__ = None
+    return error.with_traceback(None)
