@@ -195,7 +195,7 @@ defmodule DemandPort do
 
     with {:ok, graph} <- Graph.to_wire(graph),
          restore = if(options[:restore], do: Restore.new(graph, sent)),
-         note = {:opened, name, restore, options[:host]},
+         note = {:opened, name, restore, options[:host], options[:owner]},
          {:ok, opened} <- Connection.request(port, "open", [name, graph, sent], options[:timeout], note) do
       {:ok, %Session{server: port, name: name, problems: opened["problems"] || []}}
     else

@@ -89,6 +89,21 @@ defmodule DemandPort.FeaturesTest do
     end
   end
 
+  test "a session is closed when its owner dies", %{port: port} do
+    owner = spawn(fn -> Process.sleep(:infinity) end)
+    session = DemandPort.open!(port, text(), owner: owner, restore: true)
+    demand = DemandPort.demand_async!(hosted(port, "wait", [], owner: owner), "n")
+    assert_receive {:waiting, _}, @wait
+    Process.exit(owner, :kill)
+    assert_receive {:demand_error, "n", %Error{code: :cancelled}}, @wait
+    assert_receive {:stopped, :shutdown}, @wait
+
+    assert eventually(fn -> match?({:error, %Error{code: :unknown_session}}, DemandPort.snapshot(session)) end)
+
+    refute session.name in DemandPort.info!(port).restorable_sessions
+    assert %Demand{} = demand
+  end
+
   describe "demand_many" do
     test "gives the outcomes in the order asked", %{port: port} do
       graph =

@@ -46,7 +46,7 @@ defmodule DemandPort.Connection do
   @typedoc "What is to be remembered of a request once the service has taken it."
   @type note ::
           nil
-          | {:opened, String.t(), Restore.t() | nil, DemandPort.Host.t() | nil}
+          | {:opened, String.t(), Restore.t() | nil, DemandPort.Host.t() | nil, owner :: pid | nil}
           | {:edited, String.t(), [map]}
           | {:closed, String.t()}
 
@@ -246,9 +246,7 @@ defmodule DemandPort.Connection do
     end
   end
 
-  defp common(:cast, {:close, name}, data) do
-    {:keep_state, send_own(data, {:closing, name}, &Protocol.request(&1, "close", [name]))}
-  end
+  defp common(:cast, {:close, name}, data), do: {:keep_state, close_session_of(data, name)}
 
   defp common(:cast, {:cancel, ref}, data), do: with_ref(data, ref, &send_cancel(data, &1))
 
@@ -305,6 +303,7 @@ defmodule DemandPort.Connection do
   defp common(:info, {:DOWN, monitor, :process, pid, reason}, data) do
     cond do
       is_map_key(data.monitors, monitor) -> {:keep_state, watcher_died(data, monitor)}
+      is_map_key(data.keepers, monitor) -> {:keep_state, owner_died(data, monitor)}
       HostCalls.monitor?(data.hosts, monitor) -> {:keep_state, call_died(data, monitor, reason)}
       true -> {:keep_state, drop_subscriber(data, pid)}
     end
@@ -534,10 +533,11 @@ defmodule DemandPort.Connection do
 
   defp replied(_nobody, _result, data), do: {:keep_state, data}
 
-  defp noted({:opened, name, restore, host}, {:ok, _}, data) do
+  defp noted({:opened, name, restore, host, owner}, {:ok, _}, data) do
     sessions = if restore, do: Map.put(data.sessions, name, restore), else: data.sessions
+    keepers = if owner, do: Map.put(data.keepers, Process.monitor(owner), name), else: data.keepers
     hosts = HostCalls.opened(data.hosts, name, host)
-    %{data | sessions: sessions, open: MapSet.put(data.open, name), hosts: hosts}
+    %{data | sessions: sessions, keepers: keepers, open: MapSet.put(data.open, name), hosts: hosts}
   end
 
   defp noted({:edited, name, operations}, {:ok, _}, data) when is_map_key(data.sessions, name) do
@@ -555,13 +555,24 @@ defmodule DemandPort.Connection do
 
   defp noted(_nothing, _result, data), do: data
 
+  defp owner_died(data, monitor) do
+    {name, keepers} = Map.pop(data.keepers, monitor)
+    close_session_of(%{data | keepers: keepers}, name)
+  end
+
+  # Nobody waits for the reply.
+  defp close_session_of(data, name),
+    do: send_own(data, {:closing, name}, &Protocol.request(&1, "close", [name]))
+
   defp forget_session(data, name) do
     {subscribers, subscriptions} = Subscriptions.close(data.subscriptions, name)
-    Enum.each(subscribers, &Process.demonitor(&1, [:flush]))
+    kept = for {monitor, ^name} <- data.keepers, do: monitor
+    Enum.each(subscribers ++ kept, &Process.demonitor(&1, [:flush]))
 
     %{
       data
-      | sessions: Map.delete(data.sessions, name),
+      | keepers: Map.drop(data.keepers, kept),
+        sessions: Map.delete(data.sessions, name),
         open: MapSet.delete(data.open, name),
         subscriptions: subscriptions,
         hosts: HostCalls.closed(data.hosts, name)

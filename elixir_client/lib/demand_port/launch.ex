@@ -73,7 +73,8 @@ defmodule DemandPort.Launch do
   defp executable(options) do
     python = python(options)
 
-    case System.find_executable(python) do
+    # Only names are looked for on the search path; a path is where it says, from here.
+    case System.find_executable(if String.contains?(python, "/"), do: Path.expand(python), else: python) do
       nil -> unavailable("no executable #{inspect(python)}; set the option :python or DEMAND_PORT_PYTHON")
       path -> {:ok, path}
     end

@@ -69,6 +69,7 @@ defmodule DemandPort.Options do
       {:max_queued, {:integer, 0}, :none, "demands of the session that may wait; more are `:queue_full`"},
       {:restore, :boolean, false,
        "after the service was lost or restarted, opens the session again with its graph and inputs"},
+      {:owner, :pid, :none, "a process whose death closes the session; default: none"},
       {:host, :host, :none, "a module of `DemandPort.Host` that runs nodes here, or `{module, arg}`"},
       {:host_types, :claims, :none,
        "node types that the host runs, names or descriptors, or `:all`; default: what its module says"},
@@ -268,6 +269,7 @@ defmodule DemandPort.Options do
   defp fits?({:in, choices}, value), do: value in choices
   defp fits?({:function, arity}, value), do: is_function(value, arity)
   defp fits?({:list, type}, value), do: is_list(value) and Enum.all?(value, &fits?(type, &1))
+  defp fits?(:pid, value), do: is_pid(value)
   defp fits?(:filter, value), do: is_nil(value) or is_binary(value) or is_map(value)
   defp fits?(:position, {x, y}), do: is_number(x) and is_number(y)
   defp fits?(:position, _value), do: false
@@ -307,6 +309,7 @@ defmodule DemandPort.Options do
   defp describe({:in, choices}), do: "one of " <> Enum.map_join(choices, ", ", &inspect/1)
   defp describe({:function, arity}), do: "a function of #{arity} arguments"
   defp describe({:list, type}), do: "a list, each item #{describe(type)}"
+  defp describe(:pid), do: "a pid"
   defp describe(:filter), do: "nil, a string or a map"
   defp describe(:position), do: "two numbers, {x, y}"
   defp describe({:within, least, most}), do: "an integer from #{least} to #{most}"

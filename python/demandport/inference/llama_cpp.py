@@ -63,7 +63,9 @@ def require_llama() -> None:
         BackendUnavailable: it is not.
     """
     if importlib.util.find_spec("llama_cpp") is None:
-        raise BackendUnavailable("llama-cpp-python is not installed: pip install demandport[llama]")
+        raise BackendUnavailable(
+            "llama-cpp-python is not there; mix demand_port.install --extras llama, or pip install llama-cpp-python"
+        )
 
 
 class LlamaCppBackend:

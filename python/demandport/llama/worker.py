@@ -110,7 +110,9 @@ class Worker:
         try:
             from demandport.llama.model import Model
         except ImportError as failed:
-            raise BackendUnavailable(f"pip install demandport[llama] ({failed})") from None
+            raise BackendUnavailable(
+                f"llama-cpp-python cannot be had: pip install llama-cpp-python ({failed})"
+            ) from None
         model = Model(
             Path(spec["path"]),
             context_length=spec.get("context_length"),

@@ -6,6 +6,7 @@ defmodule DemandPort.Connection.Data do
   # refs:     demand reference => id        monitors: monitor reference => id
   # held:     {id, payload} to send to the next service that is ready, newest first; nil while one is
   # sessions: name => what it takes to open it again      open: names of the sessions that are
+  # keepers:  monitor reference of a session's owner => its name
   # downs:    when services were lost, the latest first
 
   alias DemandPort.{HostCalls, Subscriptions}
@@ -26,6 +27,7 @@ defmodule DemandPort.Connection.Data do
     monitors: %{},
     held: [],
     sessions: %{},
+    keepers: %{},
     open: MapSet.new(),
     downs: [],
     restarting: []
