@@ -5,7 +5,7 @@ PYTHON3 ?= python3
 export DEMAND_PORT_PYTHON := $(abspath $(PYTHON))
 export PYTHONPATH := $(abspath python)
 
-.PHONY: demo test check dialyzer test-python test-elixir bench bench-codec bench-inference soak clean setup
+.PHONY: demo test check dialyzer test-python test-elixir bench bench-codec bench-faults bench-inference soak clean setup
 
 demo: setup
 	MODEL="$(or $(MODEL),tiny)" $(if $(PROMPT),PROMPT="$(PROMPT)") mix run examples/demo.exs
@@ -45,6 +45,10 @@ bench: setup
 # Beside Msgpax too where MSGPAX_EBIN names its compiled modules.
 bench-codec: .elixir-found
 	mix run bench/codec.exs
+
+# How soon kills, cancels and malformed frames are over.
+bench-faults: setup
+	$(PYTHON) bench/faults.py
 
 # Beside llama-server too where LLAMA_SERVER names one.
 bench-inference: setup

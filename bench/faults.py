@@ -80,7 +80,7 @@ class Rounds:
     frames: int
 
 
-QUICK, DEFAULT = Rounds(3, 3, 1, 40, 1_000), Rounds(8, 10, 3, 240, 20_000)
+QUICK, DEFAULT = Rounds(3, 3, 1, 40, 1_000), Rounds(8, 10, 3, 240, 10_000)
 FULL = Rounds(1_000, 200, 50, 10_000, 5_000_000)
 
 
