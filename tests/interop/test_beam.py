@@ -113,7 +113,8 @@ def test_floods_and_large_values_pass_both_ways_at_once(nodes: Path) -> None:
             *(["ping", id] for id in ids[10_000:]),
         )
         found = [host.receive() for _ in range(len(ids) + 1 + 1 + 5_000 + 1)]
-        assert [m for m in found if m[0] == "ok" and m[1] != 2] == [["ok", id, "pong"] for id in ids]
+        # In any order: the watchdog answers some that stand behind work that takes long.
+        assert sorted(m for m in found if m[0] == "ok" and m[1] != 2) == [["ok", id, "pong"] for id in ids]
         assert [m[2] for m in found if m[0] == "demand_complete" and m[3] == 3] == [{"value": value}]
         assert [m[4] for m in found if m[0] == "node_stream"] == list(range(5_000))
         host.says_nothing_more()
