@@ -7,6 +7,9 @@ defmodule DemandPort.UnitsTest do
   doctest Credit
   doctest Options
   doctest DemandPort
+  doctest DemandPort.Broadcaster
+  doctest DemandPort.Telemetry
+  doctest DemandPort.Vector
 
   describe "errors" do
     test "every code of the protocol's document is known, and no other" do
@@ -180,6 +183,14 @@ defmodule DemandPort.UnitsTest do
       assert [{^other, %{at: 7}}] = Map.to_list(t)
       assert me == self()
     end
+  end
+
+  test "a vector with a NaN is refused" do
+    assert_raise ArgumentError, ~r/no number/, fn ->
+      DemandPort.Vector.unpack(<<0, 0, 128, 63, 0, 0, 192, 127>>)
+    end
+
+    assert DemandPort.Vector.unpack(DemandPort.Vector.pack([])) == []
   end
 
   describe "options" do

@@ -7,7 +7,6 @@ defmodule Chat.Application do
     children = [
       {Phoenix.PubSub, name: Chat.PubSub},
       {DemandPort, name: Chat.Port},
-      Chat.Sessions,
       ChatWeb.Endpoint
     ]
 

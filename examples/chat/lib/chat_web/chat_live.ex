@@ -38,7 +38,7 @@ defmodule ChatWeb.ChatLive do
     id = "answer-#{Base.encode16(:crypto.strong_rand_bytes(6), case: :lower)}"
     socket = tell(socket, {:asked, id, question})
 
-    with {:ok, session} <- Chat.Sessions.open(graph(id, question)),
+    with {:ok, session} <- DemandPort.open(Chat.Port, graph(id, question), owner: self()),
          {:ok, demand} <- DemandPort.demand_async(session, id, delivery(socket.assigns.room)) do
       update(socket, :asked, &Map.put(&1, id, {session, demand}))
     else
@@ -101,7 +101,7 @@ defmodule ChatWeb.ChatLive do
   end
 
   defp over(socket, id) do
-    with %{^id => {session, _demand}} <- socket.assigns.asked, do: Chat.Sessions.close(session)
+    with %{^id => {session, _demand}} <- socket.assigns.asked, do: DemandPort.close(session)
     update(socket, :asked, &Map.delete(&1, id))
   end
 
