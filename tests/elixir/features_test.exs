@@ -479,6 +479,20 @@ defmodule DemandPort.FeaturesTest do
       assert DemandPort.info!(port).restorable_sessions == []
     end
 
+    test "comes for a service that is stopped", _context do
+      name = :"demand_port_stopped_#{System.unique_integer([:positive])}"
+      start_supervised!(%{DemandPort.child_spec(name: name, hang_timeout_ms: 1_000) | id: name})
+      session = DemandPort.open!(name, text(), restore: true)
+      {:ok, _} = DemandPort.demand_async(hosted(name, "wait"), "n")
+      assert_receive {:waiting, _}, @wait
+      os_pid = DemandPort.info!(name).os_pid
+      {_, 0} = System.cmd("kill", ["-STOP", "#{os_pid}"])
+      assert_receive {:demand_error, "n", %Error{code: :backend_unavailable, message: message}}, @wait
+      assert message =~ "did not answer"
+      assert %{"text" => "hello"} = DemandPort.demand!(session, "out")
+      assert DemandPort.info!(name).os_pid != os_pid
+    end
+
     test "is asked for once by many", %{port: port} do
       tasks = for _ <- 1..5, do: Task.async(fn -> DemandPort.restart(port) end)
       assert Enum.all?(Task.await_many(tasks, 20_000), &(&1 == :ok))

@@ -153,6 +153,17 @@ defmodule DemandPort.Connection do
   def starting(type, content, data), do: common(type, content, data)
 
   @doc false
+  def ready({:timeout, :pulse}, :ask, data) do
+    data = send_own(data, :pulse, &Protocol.request(&1, "ping", []))
+    {:keep_state, data, [{{:timeout, :pulse}, data.options[:hang_timeout_ms], :none}]}
+  end
+
+  # Even one whose nodes hold it up answers pings: this one is stopped, or stuck in what cannot be interrupted.
+  def ready({:timeout, :pulse}, :none, data) do
+    Launch.kill(data.port)
+    lost(unavailable("the service did not answer within #{data.options[:hang_timeout_ms]} ms"), data)
+  end
+
   def ready({:timeout, :health}, :ask, data) do
     case open(data, &Protocol.request(&1, "health", [])) do
       {:ok, id, data} -> {:keep_state, own(data, id, :health)}
@@ -322,7 +333,8 @@ defmodule DemandPort.Connection do
     do: {:keep_state, look_again(data, id), look_actions(data, id)}
 
   # The next service is asked anew.
-  defp common({:timeout, :health}, :ask, _data), do: :keep_state_and_data
+  # They begin anew when the next service is ready.
+  defp common({:timeout, name}, _, _data) when name in [:health, :pulse], do: :keep_state_and_data
 
   defp common(:info, message, _data) do
     Logger.warning("unexpected message: #{inspect(message, limit: 20)}", domain: [:demand_port])
@@ -428,7 +440,7 @@ defmodule DemandPort.Connection do
       about = %{server: self(), os_pid: info["os_pid"], version: info["version"]}
       Telemetry.execute([:connection, :ready], measured, about)
       data = become_ready(%{data | info: info})
-      {:next_state, :ready, data, health_actions(data)}
+      {:next_state, :ready, data, health_actions(data) ++ pulse_actions(data)}
     else
       text = "the service speaks protocol #{inspect(info["protocol"])}, this client #{Protocol.version()}"
       lost(Error.new(:unsupported_protocol, text), data)
@@ -516,6 +528,8 @@ defmodule DemandPort.Connection do
     do: {:keep_state, not_restored(data, session, error)}
 
   defp replied(:drained, _result, data), do: {:keep_state, data, {:next_event, :internal, :drained}}
+
+  defp replied(:pulse, _result, data), do: {:keep_state, data, pulse_actions(data)}
 
   defp replied(:health, {:ok, health}, data) do
     measured = %{
@@ -622,6 +636,13 @@ defmodule DemandPort.Connection do
 
       _ ->
         []
+    end
+  end
+
+  defp pulse_actions(data) do
+    case data.options[:hang_timeout_ms] do
+      :infinity -> []
+      most -> [{{:timeout, :pulse}, div(most, 2), :ask}]
     end
   end
 

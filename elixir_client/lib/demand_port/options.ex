@@ -58,6 +58,8 @@ defmodule DemandPort.Options do
       {:credit, :credit, 64, "default of the demands' `credit`"},
       {:max_restarts, {:integer, 0}, 5,
        "times within a minute that the service is started anew after it was lost; one more ends the process"},
+      {:hang_timeout_ms, {:or, {:integer, 100}, [:infinity]}, 30_000,
+       "how long the service may leave a ping unanswered, half of that after the last; then it is killed and started anew"},
       {:health_interval_ms, {:or, {:integer, 100}, [:infinity]}, :infinity,
        "how often the service's health is asked for and reported by telemetry"},
       {:log_level, {:in, [:debug, :info, :warning, :error, :none]}, :info,
