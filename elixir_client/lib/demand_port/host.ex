@@ -113,9 +113,10 @@ defmodule DemandPort.Host do
   end
 
   @doc false
-  # Runs one call in the calling process, which is the call's own, and sends the answer.
-  @spec run(t, map, pid) :: :ok
-  def run(host, call, connection) do
+  # Runs one call in the calling process, which is the call's own, once it is told to begin, and sends the answer.
+  @spec run(t, %{ref: reference}, pid) :: :ok
+  def run(host, %{ref: ref} = call, connection) do
+    receive do: ({:begin, ^ref} -> :ok)
     {module, arg} = if is_tuple(host), do: host, else: {host, nil}
     context = context(call, connection, arg)
     answer = module |> answer(call.inputs, context) |> encoded(call.id)

@@ -32,6 +32,8 @@ defmodule DemandPort.HostCalls do
         Telemetry.execute([:host, :start], %{monotonic_time: call.started}, about(call))
         {:ok, pid} = Task.Supervisor.start_child(tasks, Host, :run, [host, call, self()], shutdown: @grace_ms)
         monitor = Process.monitor(pid)
+        # Only what is watched may crash: its reason would be lost.
+        send(pid, {:begin, call.ref})
         call = call |> Map.delete(:inputs) |> Map.merge(%{pid: pid, monitor: monitor})
 
         {:ok,
