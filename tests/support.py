@@ -185,6 +185,20 @@ def environment(*folders: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (CODE, *folders)))}
 
 
+_PARENT = """
+import subprocess, sys, time
+service = subprocess.Popen(sys.argv[2:], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+service.stdin.write(bytes.fromhex(sys.argv[1]))
+service.stdin.flush()
+time.sleep(1000)
+"""
+
+
+def parent_of_service(frames: bytes, environ: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A host that started a service, sent it `frames`, and sleeps."""
+    return subprocess.Popen([sys.executable, "-c", _PARENT, frames.hex(), *command()], env=environ)
+
+
 def framed(payload: bytes) -> bytes:
     return struct.pack(">I", len(payload)) + payload
 

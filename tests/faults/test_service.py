@@ -9,7 +9,6 @@ import select
 import socket
 import struct
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +32,17 @@ from support import (
     gone,
     is_terminal,
     kill,
+    parent_of_service,
     settle,
 )
 
 # --------------------------------------------------------------------------------------------------- ends
 
-PARENT = """
-import subprocess, sys, time
-service = subprocess.Popen(sys.argv[2:], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-service.stdin.write(bytes.fromhex(sys.argv[1]))
-service.stdin.flush()
-time.sleep(1000)
-"""
-
 
 def test_nothing_outlives_a_killed_parent(nodes: Path, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     load = framed(MsgpackCodec().encode(["load_model", 1, {"model": "tiny"}]))
-    environ = environment(LIBRARY, nodes) | gate.at("llama_model_load_from_file:1")
-    with subprocess.Popen([sys.executable, "-c", PARENT, load.hex(), *command()], env=environ) as parent:
+    with parent_of_service(load, environment(LIBRARY, nodes) | gate.at("llama_model_load_from_file:1")) as parent:
         try:
             gate.wait()
             left = family(parent.pid)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from demandport.wire.codec import MsgpackCodec
 from support import (
     TIMEOUT_S,
     ServiceProcess,
-    command,
     count,
     environment,
     eventually,
@@ -24,6 +21,7 @@ from support import (
     framed,
     gone,
     is_terminal,
+    parent_of_service,
     settle,
 )
 
@@ -247,20 +245,11 @@ def test_a_host_that_is_gone_ends_it(service: ServiceProcess, stall: Stall) -> N
     assert gone(left)
 
 
-PARENT = """
-import subprocess, sys, time
-service = subprocess.Popen(sys.argv[2:], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-service.stdin.write(bytes.fromhex(sys.argv[1]))
-service.stdin.flush()
-time.sleep(1000)
-"""
-
-
 def test_a_host_that_is_killed_ends_it(nodes: Path, stall: Stall) -> None:
     graph = {"nodes": [{"id": "a", "node_type": "t-stall", "data": {"gate": str(stall.path)}}]}
     messages = [["open", 1, "s", graph], ["demand", 2, "s", "a"], ["ping", 3]]
     frames = b"".join(framed(MsgpackCodec().encode(message)) for message in messages)
-    with subprocess.Popen([sys.executable, "-c", PARENT, frames.hex(), *command()], env=environment(nodes)) as parent:
+    with parent_of_service(frames, environment(nodes)) as parent:
         try:
             stall.begun()
             left = family(parent.pid)

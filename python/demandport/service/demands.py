@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import anyio
 
@@ -17,21 +17,13 @@ from demandport.errors import BadMessage, Cancelled, DeadlineExceeded, Demandpor
 from demandport.ids import DemandId
 from demandport.service.many import ManySink
 from demandport.service.sessions import Sessions
-from demandport.service.streams import Stream, WireSink
+from demandport.service.streams import Stream, Way, WireSink
 from demandport.wire.messages import Demand as DemandMessage
 from demandport.wire.messages import DemandMany
 
 log = logging.getLogger(__name__)
 
 MAX_DEMANDS = 50_000
-
-
-class Way(Protocol):
-    """The way out to the host."""
-
-    def send(self, message: list[Any], lane: int = 0) -> None: ...
-    def has_room(self) -> bool: ...
-    def on_room(self, waiter: asyncio.Future[None]) -> None: ...
 
 
 class Demands:
@@ -124,9 +116,12 @@ class Demands:
         for stream in [one for one in self._streams.values() if one.session == name]:
             stream.give_up(Cancelled("the session was closed"))
 
-    async def drain(self, timeout_ms: int) -> dict[str, int]:
-        """Take no more, and return once all have ended; those that have not by then are cancelled."""
+    def drain(self) -> None:
+        """Take no more."""
         self.draining = True
+
+    async def drained(self, timeout_ms: int) -> dict[str, int]:
+        """Return once all have ended; those that have not by then are cancelled."""
         open_at_start = self.slots.open
         with anyio.move_on_after(timeout_ms / 1000):
             await self.slots.empty()

@@ -82,7 +82,7 @@ class Service:
         self._host_calls = HostCalls(self.send)
         self._sessions = Sessions(specs, executor, self._host_calls)
         self._demands = Demands(self, self._sessions, connection.finish, tasks.start_soon)
-        self._roomless: deque[asyncio.Future[None]] = deque()
+        self._roomless: deque[Callable[[], object]] = deque()
         self._paused = False
         self.inbox = Inbox(connection)
         self._read, self._kept = self.inbox.read, self.inbox.kept
@@ -199,16 +199,14 @@ class Service:
         """Streams may send."""
         return self._writer.pending_bytes < ROOM_BYTES
 
-    def on_room(self, waiter: asyncio.Future[None]) -> None:
-        """Resolve `waiter` once there is room."""
-        self._roomless.append(waiter)
+    def on_room(self, resume: Callable[[], object]) -> None:
+        """Call `resume` once there is room."""
+        self._roomless.append(resume)
 
     def refill(self) -> list[bytes]:
         """More frames for the writer; called when it has written everything else."""
         while self._roomless and self.has_room():
-            waiter = self._roomless.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
+            asyncio.get_running_loop().call_soon(self._roomless.popleft())
         if self._paused and self._unsent() < PAUSE_BYTES // 2:
             asyncio.get_running_loop().call_soon(self.work)
         return self._outbox.next_frames()
@@ -332,16 +330,16 @@ class Service:
         return "pong" if self.inbox.claim(message) else _LATER
 
     def _drain(self, message: m.Drain) -> Any:
-        self._demands.draining = True
+        self._demands.drain()
         return self._later(message.id, lambda: self._drained(message.timeout_ms))
 
     async def _drained(self, timeout_ms: int) -> dict[str, int]:
         """Reply once no large message waits, too: a host that is told so may close the connection."""
-        counts = await self._demands.drain(timeout_ms)
+        counts = await self._demands.drained(timeout_ms)
         while self._outbox.waiting_bytes:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self.on_room(waiter)
-            await waiter
+            room = anyio.Event()
+            self.on_room(room.set)
+            await room.wait()
         return counts
 
 

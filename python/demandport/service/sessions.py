@@ -13,11 +13,12 @@ from demandport.errors import BadMessage, UnknownSession
 from demandport.graph.spec import NodeSpec
 from demandport.ids import SessionId
 from demandport.service.host_calls import TOOLS, Host, HostCalls, SessionSpecs
-from demandport.service.subscription import Events, Subscription
+from demandport.service.streams import Way
+from demandport.service.subscription import Subscription
 from demandport.wire.messages import OpenOptions, SubscribeOptions
 
 MAX_SESSIONS = 10_000
-#: Events that a session keeps once somebody subscribed to them, unless `open` says another number.
+#: Way that a session keeps once somebody subscribed to them, unless `open` says another number.
 EVENT_HISTORY = 1000
 
 
@@ -93,7 +94,7 @@ class Sessions:
         kept = self.get(name).keep_events(EVENT_HISTORY)
         return {"first": kept.first, "next": kept.next}
 
-    def subscribe(self, name: str, out: Events, options: SubscribeOptions) -> None:
+    def subscribe(self, name: str, out: Way, options: SubscribeOptions) -> None:
         """Send the session's events to `out`, in the place of a subscription before. Raises as `get`."""
         kept = self.get(name).keep_events(EVENT_HISTORY)
         self.unsubscribe(name)

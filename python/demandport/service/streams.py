@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from demandport.errors import DemandportError
@@ -23,12 +24,17 @@ class Stream(Protocol):
     def give_up(self, error: DemandportError) -> bool: ...
 
 
-class Out(Protocol):
-    """What a stream needs of the connection."""
+class Way(Protocol):
+    """The way out to the host. `on_room` calls back once there is room again."""
 
     def send(self, message: list[Any], lane: int = 0) -> None: ...
     def has_room(self) -> bool: ...
-    def on_room(self, waiter: asyncio.Future[None]) -> None: ...
+    def on_room(self, resume: Callable[[], object]) -> None: ...
+
+
+class Out(Way, Protocol):
+    """What a stream needs: the way out, and somebody to tell when it ended."""
+
     def stream_ended(self, stream: Stream) -> None: ...
 
 
@@ -143,14 +149,11 @@ class WireSink:
         self._flush()
 
     def _await_room(self) -> None:
-        if self._awaiting_room:
-            return
-        self._awaiting_room = True
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiter.add_done_callback(self._has_room)
-        self._out.on_room(waiter)
+        if not self._awaiting_room:
+            self._awaiting_room = True
+            self._out.on_room(self._has_room)
 
-    def _has_room(self, _: asyncio.Future[None]) -> None:
+    def _has_room(self) -> None:
         self._awaiting_room = False
         if not self.ended:
             self._flush(held=False)

@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any, Protocol
-
 from demandport.engine.events import EventLog, wanted
-
-
-class Events(Protocol):
-    """The way out for events."""
-
-    def send(self, message: list[Any], lane: int = 0) -> None: ...
-    def has_room(self) -> bool: ...
-    def on_room(self, waiter: asyncio.Future[None]) -> None: ...
+from demandport.service.streams import Way
 
 
 class Subscription:
@@ -23,7 +13,7 @@ class Subscription:
     `missed` with their `count`.
     """
 
-    def __init__(self, out: Events, session: str, log: EventLog, since: int, kinds: list[str] | None) -> None:
+    def __init__(self, out: Way, session: str, log: EventLog, since: int, kinds: list[str] | None) -> None:
         self._out, self._session, self._log = out, session, log
         self._kinds = None if kinds is None else frozenset(kinds)
         self._at = since
@@ -35,7 +25,8 @@ class Subscription:
         log = self._log
         while self._at < log.next and not self._waiting:
             if not self._out.has_room():
-                self._await_room()
+                self._waiting = True
+                self._out.on_room(self._has_room)
                 return
             if self._at < log.first:
                 missed = {"event": "missed", "node": None, "seq": log.first - 1, "count": log.first - self._at}
@@ -52,12 +43,6 @@ class Subscription:
         self._log.on_event = None
         self._at = 1 << 64
 
-    def _await_room(self) -> None:
-        self._waiting = True
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiter.add_done_callback(self._has_room)
-        self._out.on_room(waiter)
-
-    def _has_room(self, _: asyncio.Future[None]) -> None:
+    def _has_room(self) -> None:
         self._waiting = False
         self.send()

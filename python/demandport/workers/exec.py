@@ -1,11 +1,10 @@
 """Becomes another program that cannot outlive the service: ``exec.py PARENT_PID REPORT_FD -- program arguments…``.
 
-It runs for each start of such a program, so it imports next to nothing; it is also imported for `die_with`.
+It runs for each start of such a program, and is imported as the service starts, so it imports next to nothing.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -19,6 +18,8 @@ def die_with(parent_pid: int) -> None:
     """Have the kernel kill this process when its parent dies (Linux), and end now if the parent is gone already. It
     holds across exec."""
     if sys.platform == "linux":
+        import ctypes
+
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent_pid:
         os._exit(0)
