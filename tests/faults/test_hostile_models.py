@@ -39,6 +39,9 @@ DEADLINE_MS = 20_000
 REFUSED = (errors.TypeMismatch, errors.TooLarge, errors.ContextOverflow)
 #: What may become of a damaged file.
 DAMAGED = {"model_load_failed", "worker_crash", "type_mismatch", "context_overflow", "out_of_memory"}
+#: Numbers of mutants that were once treated badly:
+#: 950 is trained with 4 G tokens of context, and its worker filled the memory.
+ONCE_A_BUG = [950]
 
 
 # ------------------------------------------------------------------------------------------------ GGUF files
@@ -83,7 +86,7 @@ def test_mutants_are_the_same_for_a_seed_and_all_differ(mutator: Mutator) -> Non
 def test_mutated_files_are_errors_or_texts_and_the_service_lives(mutator: Mutator, tmp_path: Path) -> None:
     seen = Counter[str]()
     with ServiceProcess(env={"GGML_NO_BACKTRACE": "1"}) as service:
-        for batch in batches(range(1, 1 + count(200, 2000)), 8):
+        for batch in batches(sorted({*range(1, 1 + count(200, 2000)), *ONCE_A_BUG}), 8):
             said, models = {}, {}
             for number in batch:
                 said[number], data = mutator.mutant(number)

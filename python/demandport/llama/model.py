@@ -123,6 +123,8 @@ class Model:
         self, context_length: int | None, threads: int | None, sequences: int, purpose: Operation
     ) -> None:
         self.training_context = int(llama_cpp.llama_model_n_ctx_train(self._model))
+        if self.training_context < 0:  # llama.cpp holds what the file says in 32 bits, and would take it for billions
+            raise ModelLoadFailed(f"{self.path} says that it was trained with more than {2**31 - 1} tokens of context")
         wanted = context_length or min(self.training_context or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH)
         self.threads = threads or self._default_threads()
         params = llama_cpp.llama_context_default_params()
