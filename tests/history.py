@@ -100,7 +100,8 @@ class Asked:
     """A message of the client that one answer belongs to.
 
     Attributes:
-        index: of its entry. credit: stream messages that may still come; None for any number.
+        index: of its entry. credit: stream messages that may still come; None for any number. whole: it streams all
+            chunks; not so if it began without credit, when those that are no text are left out until there is some.
         cancellable, expires: it may end with `cancelled`, with `deadline_exceeded`.
         must_cancel: it may end with nothing else, since a cancel of it was answered with `true`.
         ended: it is answered. cancelled: by `cancelled`.
@@ -116,6 +117,7 @@ class Asked:
     session: Any = None
     node: Any = None
     credit: int | None = None
+    whole: bool = True
     events: bool = False
     expires: bool = False
     cancellable: bool = False
@@ -276,6 +278,7 @@ class Judge:
         options = message[4] if len(message) == 5 and type(message[4]) is dict else {}
         asked.session, asked.node = message[2], message[3]
         asked.credit = options.get("credit")
+        asked.whole = asked.credit != 0
         asked.events = options.get("events") is True
         asked.expires = asked.expires or options.get("deadline_ms") is not None
 
@@ -447,7 +450,9 @@ class Judge:
 
     def _judge_texts(self, asked: Asked, finals: dict[tuple[str, str], Any]) -> None:
         for key, chunks in asked.streams.items():
-            if key in finals and all(type(chunk) is str for chunk in chunks) and "".join(chunks) != finals[key]:
+            if key not in finals or not (asked.whole or type(finals[key]) is str):
+                continue
+            if all(type(chunk) is str for chunk in chunks) and "".join(chunks) != finals[key]:
                 streamed = "".join(chunks)
                 self._break("text", f"{asked} streamed {streamed!r:.60} on {key}, and ended with {finals[key]!r:.60}")
 

@@ -374,7 +374,8 @@ class ServiceProcess:
         """The reply to a ping comes next: whatever was sent before it would come first."""
         id = self.new_id()
         self.send(["ping", id])
-        assert self.receive() == ["ok", id, "pong"]
+        reply = self.receive()
+        assert reply == ["ok", id, "pong"], reply
 
     def end(self) -> None:
         """Close the service's input."""

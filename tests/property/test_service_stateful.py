@@ -217,6 +217,8 @@ class Hosts:
     def __init__(self, nodes: Path) -> None:
         self._nodes = nodes
         self._host: Recorder | None = None
+        #: Workers of its were killed; that may be felt by later runs: a pool whose workers never get ready rests.
+        self.killed = False
         self.numbers = itertools.count(1)
         self.runs = self.steps = 0
 
@@ -224,7 +226,7 @@ class Hosts:
         """A service for one run; the last one, if it was given back."""
         host, self._host = self._host, None
         if host is None:
-            host = Recorder(nodes=self._nodes)
+            host, self.killed = Recorder(nodes=self._nodes), False
             host.open("gates", ("let", "t-let", {"turns": {}}))
         return host
 
@@ -259,7 +261,7 @@ class ServiceMachine(RuleBasedStateMachine):
         self.over: list[int] = []
         self.turns: dict[str, int] = {}
         self.hosts.runs += 1
-        self._wrong = self._killed = False
+        self._wrong = False
         self._names = itertools.count(1)
 
     @initialize(texts=st.lists(TEXTS, min_size=1, max_size=3))
@@ -417,7 +419,7 @@ class ServiceMachine(RuleBasedStateMachine):
 
     def _asked(self, id: int, name: str, codes: set[str]) -> Asked:
         node = self.graph.nodes.get(name)
-        if node and node.kind == "t-cpu" and self._killed:  # the pool may give it to one that is dying
+        if node and node.kind == "t-cpu" and self.hosts.killed:  # the pool may give it to one that is dying
             codes = codes | {"worker_crash"}
         return Asked(id, name, node.port if node else "", self.graph.outcome(name), len(self.answers), codes)
 
@@ -504,13 +506,13 @@ class ServiceMachine(RuleBasedStateMachine):
         def kill(reply: list[Any]) -> None:
             for worker in reply[2]["pools"]["cpu"]["workers"]:
                 if worker["os_pid"] is not None:
-                    self._killed = True
+                    self.hosts.killed = True
                     self.host.record(Fact("worker_killed"))
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(worker["os_pid"], signal.SIGKILL)
             every = [*self.demands.values(), *(one for many in self.many.values() for one in many.each)]
             for asked in every:
-                if self._killed and asked.port == PORTS["t-cpu"]:
+                if self.hosts.killed and asked.port == PORTS["t-cpu"]:
                     asked.codes.add("worker_crash")
 
         self._ask("health", check=kill)

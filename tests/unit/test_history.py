@@ -123,6 +123,12 @@ def others(id: int) -> st.SearchStrategy[History]:
                 Received(complete(id, {"text": large}).message, PART_BYTES + 40, id),
             ],
             [
+                Sent(["demand", id, "s", "a", {"credit": 0}]),
+                Sent(["credit", id, 9]),
+                chunk(id, 0, "text"),
+                complete(id, {"text": [1, "text"]}),
+            ],
+            [
                 Sent(["demand_many", id, "s", ["a", "b"], {"credit": 2}]),
                 chunk(id, 0, "a"),
                 chunk(id, 1, "b"),
@@ -212,6 +218,17 @@ APPENDED: dict[str, tuple[Rule, int, History]] = {
             Sent(["demand_many", 5, "s", ["a"], {}]),
             chunk(5, 0, "a"),
             Received(["demand_complete", ["a"], MANY, 5, {}]),
+        ],
+    ),
+    "text is lost in a list": ("text", 0, [DEMAND, chunk(5, 0, "a"), complete(5, {"text": ["a", "b"]})]),
+    "text from before there was credit is lost": (
+        "text",
+        0,
+        [
+            Sent(["demand", 5, "s", "a", {"credit": 0}]),
+            Sent(["credit", 5, 1]),
+            chunk(5, 0, "b"),
+            complete(5, {"text": "ab"}),
         ],
     ),
     "text is lost at the end": ("text", 0, [DEMAND, chunk(5, 0, "a"), complete(5, {"text": "ab"})]),
