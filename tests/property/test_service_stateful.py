@@ -261,6 +261,8 @@ class ServiceMachine(RuleBasedStateMachine):
         self.over: list[int] = []
         self.turns: dict[str, int] = {}
         self.hosts.runs += 1
+        #: The host answered a call with an error, and nobody was heard to end with it: who asks now may join the call.
+        self.refused = False
         self._wrong = False
         self._names = itertools.count(1)
 
@@ -268,7 +270,7 @@ class ServiceMachine(RuleBasedStateMachine):
     def open(self, texts: list[str]) -> None:
         """A new session with a graph of every kind."""
         self.session = f"s{next(self.hosts.numbers)}"
-        self.graph, self.turns = Graph(), {}
+        self.graph, self.turns, self.refused = Graph(), {}, False
         for number, text in enumerate(texts):
             self.graph.nodes[f"text{number}"] = Node("text-input", {"text": text})
         for number in range(2):
@@ -421,6 +423,8 @@ class ServiceMachine(RuleBasedStateMachine):
         node = self.graph.nodes.get(name)
         if node and node.kind == "t-cpu" and self.hosts.killed:  # the pool may give it to one that is dying
             codes = codes | {"worker_crash"}
+        if self.refused:
+            codes = codes | {"too_large"}
         return Asked(id, name, node.port if node else "", self.graph.outcome(name), len(self.answers), codes)
 
     @precondition(lambda self: self._offers("demand_many"))
@@ -451,6 +455,7 @@ class ServiceMachine(RuleBasedStateMachine):
         del self.calls[id]
         self.over.append(id)
         if how == "error":
+            self.refused = True
             for asked in [*self.demands.values(), *self.many.values()]:
                 asked.codes.add("too_large")
             self.host.send(["answer", id, "error", {"code": "too_large", "message": "so it is"}])
@@ -623,6 +628,7 @@ class ServiceMachine(RuleBasedStateMachine):
         if message[0] == "demand_error":
             code = message[2]["code"]
             assert code == asked.outcome or code in asked.codes, (asked, message)
+            self.refused = self.refused and code != "too_large"
         else:
             assert type(asked.outcome) is not str, (asked, message)
             assert asked.fits(message[2][asked.port], self.answers), (asked, message, self.answers)
