@@ -645,7 +645,7 @@ class ServiceMachine(RuleBasedStateMachine):
         self._hear(lambda: self.host.judge.settled)
         while self.calls:  # a call is let go once its node has unwound, which may be after the reply to `close`
             self.hear()
-        assert not self.demands and not self.many and not self.replies
+        assert not self.demands and not self.many and not self.replies, self.host.shown()
 
     @precondition(lambda self: len(self.made) > 3)
     @rule(how=st.sampled_from(["drain", "too long", "end of input", "kill"]), chance=st.integers(0, 9))
@@ -716,7 +716,7 @@ class ServiceMachine(RuleBasedStateMachine):
             for id in [*self.calls]:
                 self._answer_call(id, "ok")
             self._hear(lambda: bool(self.calls) or self.host.judge.settled)
-        assert not self.demands and not self.many and not self.replies
+        assert not self.demands and not self.many and not self.replies, self.host.shown()
         self._close()
         self.host.verdict()
         assert self.host.request("health")[2]["demands"]["open"] == 0
