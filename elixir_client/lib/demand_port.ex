@@ -346,8 +346,7 @@ defmodule DemandPort do
   def demand_async(%Session{} = session, node, options \\ []) when is_binary(node) do
     options = Options.validate!(options, :demand_async)
     {to, watch} = ends(options)
-    tag = if Keyword.has_key?(options, :tag), do: {:tag, options[:tag]}, else: :untagged
-    delivery = %{delivery(session, node, options) | to: to, watch: watch, tag: tag}
+    delivery = %{Delivery.new(session.name, node, options) | to: to, watch: watch}
 
     with {:ok, server} <- Relay.demand(session.server, delivery) do
       {:ok, %Demand{server: server, session: session.name, node: node, ref: delivery.ref}}
@@ -386,7 +385,7 @@ defmodule DemandPort do
     more =
       for {name, value} <- Keyword.take(options, [:mode, :limit]), into: %{}, do: {"#{name}", plain(value)}
 
-    delivery = delivery(session, nodes, options)
+    delivery = Delivery.new(session.name, nodes, options)
     delivery = %{delivery | options: Map.merge(delivery.options, more), window: 0, stream: :never}
 
     with {:ok, outcomes} <- wait(session.server, delivery, options[:timeout], nil),
@@ -430,7 +429,7 @@ defmodule DemandPort do
     options = Options.validate!(options, :demand)
 
     on_stream = options[:on_stream]
-    delivery = delivery(session, node, options)
+    delivery = Delivery.new(session.name, node, options)
 
     delivery =
       if on_stream, do: %{delivery | stream: :consumed}, else: %{delivery | window: 0, stream: :never}
@@ -517,15 +516,6 @@ defmodule DemandPort do
 
   defp receiver(pid_or_remote), do: pid_or_remote
 
-  @sent ~w(deadline_ms priority coalesce_ms coalesce_bytes)a
-
-  defp delivery(session, node, options) do
-    sent = for {name, value} <- Keyword.take(options, @sent), into: %{}, do: {Atom.to_string(name), value}
-    sent = if options[:events], do: Map.put(sent, "events", true), else: sent
-
-    %Delivery{ref: make_ref(), session: session.name, node: node, options: sent, window: options[:credit]}
-  end
-
   ## Demands whose messages the caller itself receives, here
 
   defp wait(server, delivery, timeout, on_stream) do
@@ -594,7 +584,7 @@ defmodule DemandPort do
   end
 
   defp begin_stream(session, node, options) do
-    case begin(session.server, %{delivery(session, node, options) | stream: :consumed}) do
+    case begin(session.server, %{Delivery.new(session.name, node, options) | stream: :consumed}) do
       {:ok, server, ref} -> %{server: server, ref: ref, options: options, taken: 0, empty: true}
       {:error, error} -> raise error
     end

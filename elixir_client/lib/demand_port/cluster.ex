@@ -183,30 +183,13 @@ defmodule DemandPort.Cluster do
   ## A graph that is wanted once
 
   defp start(scope, graph, node, options) do
-    delivery = delivery(node, options)
+    to = options |> Keyword.get(:to, self()) |> List.wrap()
+    # The session's name is found where it is opened.
+    delivery = %{Delivery.new("", node, options) | to: to, watch: to}
     choice = Keyword.take(options, [:model, :offer, :ask, :answer_ms])
     opening = Options.validate!(options[:open], :open)
     relay = Relay.start(delivery, &open_for(scope, graph, choice, opening, &1, &2), options[:retry])
     %Demand{server: relay, session: delivery.session, node: node, ref: delivery.ref}
-  end
-
-  @sent ~w(deadline_ms priority coalesce_ms coalesce_bytes)a
-
-  defp delivery(node, options) do
-    to = options |> Keyword.get(:to, self()) |> List.wrap()
-
-    %Delivery{
-      ref: make_ref(),
-      # Its name is found where it is opened.
-      session: "",
-      node: node,
-      options:
-        for({name, value} <- Keyword.take(options, @sent), into: %{}, do: {Atom.to_string(name), value}),
-      window: options[:credit],
-      to: to,
-      watch: to,
-      tag: if(Keyword.has_key?(options, :tag), do: {:tag, options[:tag]}, else: :untagged)
-    }
   end
 
   # Runs in a process of the relay.
