@@ -156,8 +156,6 @@ defmodule DemandPort do
     Connection.request(port, "drain", [timeout_ms], timeout_ms + 5_000)
   end
 
-  ## Sessions
-
   @doc """
   Starts a new service in the place of this one, losing nothing: what runs is finished, what is asked meanwhile waits
   for the new one, and sessions that were opened with `restore: true` are opened again. Returns once it is ready.

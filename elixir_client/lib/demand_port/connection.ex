@@ -329,7 +329,6 @@ defmodule DemandPort.Connection do
   defp common({:timeout, {:look, id}}, :again, data),
     do: {:keep_state, look_again(data, id), look_actions(data, id)}
 
-  # The next service is asked anew.
   # They begin anew when the next service is ready.
   defp common({:timeout, name}, _, _data) when name in [:health, :pulse], do: :keep_state_and_data
 
