@@ -26,7 +26,7 @@ defmodule DemandPort do
   the others are to be opened anew. Functions with a `!` return the result alone, and raise the error.
   """
 
-  alias DemandPort.{Connection, Delivery, Demand, Error, Graph, Host, Options, Relay, Restore, Session}
+  alias DemandPort.{Connection, Delivery, Demand, Error, Graph, Host, Inbox, Options, Relay, Restore, Session}
 
   @typedoc "What `start_link/1` started: a pid or a registered name."
   @type port_server :: GenServer.server()
@@ -155,8 +155,6 @@ defmodule DemandPort do
     # The service cancels what is left at its own timeout, and is given some time to say so.
     Connection.request(port, "drain", [timeout_ms], timeout_ms + 5_000)
   end
-
-  ## Sessions
 
   @doc """
   Starts a new service in the place of this one, losing nothing: what runs is finished, what is asked meanwhile waits
@@ -346,8 +344,7 @@ defmodule DemandPort do
   def demand_async(%Session{} = session, node, options \\ []) when is_binary(node) do
     options = Options.validate!(options, :demand_async)
     {to, watch} = ends(options)
-    tag = if Keyword.has_key?(options, :tag), do: {:tag, options[:tag]}, else: :untagged
-    delivery = %{delivery(session, node, options) | to: to, watch: watch, tag: tag}
+    delivery = %{Delivery.new(session.name, node, options) | to: to, watch: watch}
 
     with {:ok, server} <- Relay.demand(session.server, delivery) do
       {:ok, %Demand{server: server, session: session.name, node: node, ref: delivery.ref}}
@@ -386,10 +383,10 @@ defmodule DemandPort do
     more =
       for {name, value} <- Keyword.take(options, [:mode, :limit]), into: %{}, do: {"#{name}", plain(value)}
 
-    delivery = delivery(session, nodes, options)
-    delivery = %{delivery | options: Map.merge(delivery.options, more), window: 0, stream: :never}
+    delivery = Delivery.new(session.name, nodes, options)
+    delivery = %{delivery | options: Map.merge(delivery.options, more)}
 
-    with {:ok, outcomes} <- wait(session.server, delivery, options[:timeout], nil),
+    with {:ok, outcomes} <- Inbox.outputs(delivery, &begin(session.server, &1), nil, options[:timeout]),
          do: {:ok, Enum.map(outcomes, &outcome/1)}
   end
 
@@ -417,7 +414,8 @@ defmodule DemandPort do
   @spec stream(Session.t(), String.t(), keyword) :: Enumerable.t()
   def stream(%Session{} = session, node, options \\ []) when is_binary(node) do
     options = Options.validate!(options, :stream)
-    Stream.resource(fn -> begin_stream(session, node, options) end, &next_chunks/1, &end_stream/1)
+    delivery = Delivery.new(session.name, node, options)
+    Inbox.stream(delivery, &begin(session.server, &1), options)
   end
 
   @doc """
@@ -428,14 +426,8 @@ defmodule DemandPort do
   @spec demand(Session.t(), String.t(), keyword) :: {:ok, outputs} | {:error, Error.t()}
   def demand(%Session{} = session, node, options \\ []) when is_binary(node) do
     options = Options.validate!(options, :demand)
-
-    on_stream = options[:on_stream]
-    delivery = delivery(session, node, options)
-
-    delivery =
-      if on_stream, do: %{delivery | stream: :consumed}, else: %{delivery | window: 0, stream: :never}
-
-    wait(session.server, delivery, options[:timeout], on_stream)
+    delivery = Delivery.new(session.name, node, options)
+    Inbox.outputs(delivery, &begin(session.server, &1), options[:on_stream], options[:timeout])
   end
 
   @doc """
@@ -517,140 +509,16 @@ defmodule DemandPort do
 
   defp receiver(pid_or_remote), do: pid_or_remote
 
-  @sent ~w(deadline_ms priority coalesce_ms coalesce_bytes)a
-
-  defp delivery(session, node, options) do
-    sent = for {name, value} <- Keyword.take(options, @sent), into: %{}, do: {Atom.to_string(name), value}
-    sent = if options[:events], do: Map.put(sent, "events", true), else: sent
-
-    %Delivery{ref: make_ref(), session: session.name, node: node, options: sent, window: options[:credit]}
-  end
-
-  ## Demands whose messages the caller itself receives, here
-
-  defp wait(server, delivery, timeout, on_stream) do
-    case begin(server, delivery) do
-      {:ok, server, ref} ->
-        try do
-          await(server, ref, on_stream, deadline(timeout))
-        after
-          leave(server, ref)
-        end
-
-      {:error, error} ->
-        {:error, error}
-    end
-  end
-
-  # Messages go to an alias: once it is dropped, whatever is still on its way to this process vanishes.
+  # The connection is watched before the demand is sent: what is lost on the way is lost with it.
   defp begin(server, delivery) do
     case GenServer.whereis(server) do
       nil ->
         {:error, Connection.unavailable("the connection is not running")}
 
       server ->
-        ref = :erlang.monitor(:process, server, alias: :explicit_unalias)
-        Connection.cast_demand(server, %{delivery | ref: ref, to: [ref], watch: [self()], tag: {:tag, ref}})
-        {:ok, server, ref}
+        monitor = Process.monitor(server)
+        Connection.cast_demand(server, delivery)
+        {:ok, server, monitor}
     end
   end
-
-  defp await(server, ref, on_stream, deadline) do
-    case next(ref, remaining(deadline)) do
-      {:node_stream, node, chunk} ->
-        on_stream.(node, chunk)
-        Connection.consumed(server, ref, 1)
-        await(server, ref, on_stream, deadline)
-
-      {:demand_complete, _node, outputs} ->
-        {:ok, outputs}
-
-      {:demand_error, _node, error} ->
-        {:error, error}
-    end
-  end
-
-  defp next(ref, timeout) do
-    receive do
-      {^ref, {:node_event, _session, _event}} ->
-        next(ref, timeout)
-
-      {^ref, message} ->
-        message
-
-      {:DOWN, ^ref, :process, _pid, _reason} ->
-        {:demand_error, nil, Connection.unavailable("the connection ended")}
-    after
-      timeout -> {:demand_error, nil, Error.new(:deadline_exceeded, "the demand did not end in time")}
-    end
-  end
-
-  # Also runs when `on_stream` raises. To abandon a demand that has ended does nothing.
-  defp leave(server, ref) do
-    :erlang.unalias(ref)
-    Process.demonitor(ref, [:flush])
-    Connection.abandon(server, ref)
-    flush(ref)
-  end
-
-  defp begin_stream(session, node, options) do
-    case begin(session.server, %{delivery(session, node, options) | stream: :consumed}) do
-      {:ok, server, ref} -> %{server: server, ref: ref, options: options, taken: 0, empty: true}
-      {:error, error} -> raise error
-    end
-  end
-
-  defp next_chunks(%{ref: nil} = stream), do: {:halt, stream}
-
-  # What came before was taken when the next is asked for.
-  defp next_chunks(stream) do
-    stream = give_credit(stream)
-    values = stream.options[:chunks] == :values
-
-    case next(stream.ref, stream.options[:timeout]) do
-      {:node_stream, _node, chunk} = message ->
-        {[if(values, do: chunk, else: message)], %{stream | taken: stream.taken + 1, empty: false}}
-
-      {:demand_complete, _node, outputs} = message ->
-        last = if values, do: if(stream.empty, do: single(outputs), else: []), else: [message]
-        {last, end_stream(stream)}
-
-      {:demand_error, _node, error} ->
-        end_stream(stream)
-        raise error
-    end
-  end
-
-  defp give_credit(%{taken: taken, options: options} = stream) do
-    if 2 * taken >= options[:credit] do
-      Connection.consumed(stream.server, stream.ref, taken)
-      %{stream | taken: 0}
-    else
-      stream
-    end
-  end
-
-  defp single(outputs) when map_size(outputs) == 1, do: Map.values(outputs)
-  defp single(_outputs), do: []
-
-  defp end_stream(%{ref: nil} = stream), do: stream
-
-  defp end_stream(stream) do
-    leave(stream.server, stream.ref)
-    %{stream | ref: nil}
-  end
-
-  defp flush(ref) do
-    receive do
-      {^ref, _} -> flush(ref)
-    after
-      0 -> :ok
-    end
-  end
-
-  defp deadline(:infinity), do: :infinity
-  defp deadline(timeout), do: System.monotonic_time(:millisecond) + timeout
-
-  defp remaining(:infinity), do: :infinity
-  defp remaining(deadline), do: max(deadline - System.monotonic_time(:millisecond), 0)
 end

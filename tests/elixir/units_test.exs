@@ -123,11 +123,40 @@ defmodule DemandPort.UnitsTest do
       again = Restore.edited(again, [data.("a", %{"new" => 1})])
       assert [_name, _graph, %{"edits" => edits}] = Restore.fields(again, "s")
 
-      assert ~w(update_node_data update_node_data remove_node add_node update_node_data) ==
-               Enum.map(edits, & &1["op"])
+      assert ~w(update_node_data remove_node add_node update_node_data) == Enum.map(edits, & &1["op"])
 
       assert List.last(edits)["data"] == %{"new" => 1}
       assert Restore.fields(Restore.new(%{}, %{"max_running" => 1}), "s") == ["s", %{}, %{"max_running" => 1}]
+    end
+
+    test "is nothing where what was added is gone again, and what was there before stays gone" do
+      kept = fn operations ->
+        restore = Enum.reduce(operations, Restore.new(%{}, %{}), &Restore.edited(&2, [&1]))
+        Enum.map(restore.edits, fn {_made, operation} -> operation end) |> Enum.reverse()
+      end
+
+      add = fn id -> %{op: "add_node", node: %{"id" => id}} end
+      remove = fn id -> %{op: "remove_node", node: id} end
+      join = fn edge -> %{op: "add_edge", edge: edge} end
+      part = fn edge -> %{op: "remove_edge", edge: edge} end
+      data = %{op: "update_node_data", node: "new", data: %{k: 1}}
+
+      # The node of before has edges of before, and one of after.
+      [joined, old] = [join.(%{source: "old", target: "new"}), remove.("old")]
+      assert [%{"op" => "add_node"}, %{"op" => "remove_node"}] = kept.([add.("new"), joined, old])
+      assert [] = kept.([add.("new"), data, joined, remove.("new")])
+      assert [%{"op" => "remove_node"}] = kept.([old, add.("old"), joined, remove.("old")])
+      assert [_, _, %{"op" => "update_node_data"}] = kept.([old, add.("old"), data])
+
+      # However an edge is written, it is the one.
+      long = %{"source" => "a", "source_handle" => "x", "target" => "b", "target_handle" => nil, "id" => ""}
+      short = %{source: "a", sourceHandle: "x", target: "b"}
+      assert [] = kept.([join.(long), part.(short)])
+      assert [] = kept.([join.(short), part.("a.x->b.")])
+      assert [] = kept.([join.(Map.put(short, :id, "e")), part.("e")])
+      again = [part.(short), join.(long), part.(long), join.(short)]
+      assert [%{"op" => "remove_edge"}, %{"op" => "add_edge", "edge" => ^short}] = kept.(again)
+      assert [%{"op" => "add_edge"}, %{"op" => "remove_edge"}] = kept.([join.(short), part.("a.->b.")])
     end
   end
 

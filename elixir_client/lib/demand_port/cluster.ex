@@ -39,8 +39,22 @@ defmodule DemandPort.Cluster do
   has figures and limits. All nodes run one version of this library.
   """
 
-  alias DemandPort.{Connection, Delivery, Demand, Error, Graph, Lease, Load, Options, Pool, Relay, Session}
-  alias DemandPort.Cluster.{Inbox, Member}
+  alias DemandPort.{
+    Connection,
+    Delivery,
+    Demand,
+    Error,
+    Graph,
+    Inbox,
+    Lease,
+    Load,
+    Options,
+    Pool,
+    Relay,
+    Session
+  }
+
+  alias DemandPort.Cluster.Member
 
   @typedoc "The name of the scope that the nodes share."
   @type scope :: atom
@@ -137,8 +151,12 @@ defmodule DemandPort.Cluster do
   @spec demand_async(scope, map | Graph.t() | Path.t(), String.t(), keyword) ::
           {:ok, Demand.t()} | {:error, Error.t()}
   def demand_async(scope, graph, node, options \\ []) when is_binary(node) do
-    options = Options.validate!(options, :"Cluster.demand_async")
-    with {:ok, graph} <- Graph.to_wire(graph), do: {:ok, start(scope, graph, node, options)}
+    options = validated(options, :"Cluster.demand_async")
+    to = options |> Keyword.get(:to, self()) |> List.wrap()
+    delivery = %{delivery(node, options) | to: to, watch: to}
+
+    with {:ok, relay} <- start(scope, graph, delivery, options),
+         do: {:ok, %Demand{server: relay, session: delivery.session, node: node, ref: delivery.ref}}
   end
 
   @doc """
@@ -149,13 +167,9 @@ defmodule DemandPort.Cluster do
   @spec run(scope, map | Graph.t() | Path.t(), String.t(), keyword) ::
           {:ok, DemandPort.outputs()} | {:error, Error.t()}
   def run(scope, graph, node, options \\ []) when is_binary(node) do
-    options = Options.validate!(options, :"Cluster.run")
-    credit = if options[:on_stream], do: 64, else: 0
-
-    with {:ok, graph} <- Graph.to_wire(graph) do
-      inbox = Inbox.open(&start(scope, graph, node, options ++ [credit: credit, tag: &1]))
-      Inbox.outputs(inbox, options[:on_stream] || fn _node, _chunk -> :ok end, options[:timeout])
-    end
+    options = validated(options, :"Cluster.run")
+    begin = &begin(scope, graph, &1, options)
+    Inbox.outputs(delivery(node, options), begin, options[:on_stream], options[:timeout])
   end
 
   @doc """
@@ -166,47 +180,30 @@ defmodule DemandPort.Cluster do
   """
   @spec stream(scope, map | Graph.t() | Path.t(), String.t(), keyword) :: Enumerable.t()
   def stream(scope, graph, node, options \\ []) when is_binary(node) do
-    options = Options.validate!(options, :"Cluster.stream")
-
-    Stream.resource(
-      fn ->
-        case Graph.to_wire(graph) do
-          {:ok, graph} -> Inbox.open(&start(scope, graph, node, options ++ [tag: &1]))
-          {:error, error} -> raise error
-        end
-      end,
-      &Inbox.chunks(&1, options[:timeout]),
-      &Inbox.close/1
-    )
+    options = validated(options, :"Cluster.stream")
+    Inbox.stream(delivery(node, options), &begin(scope, graph, &1, options), options)
   end
 
   ## A graph that is wanted once
 
-  defp start(scope, graph, node, options) do
-    delivery = delivery(node, options)
-    choice = Keyword.take(options, [:model, :offer, :ask, :answer_ms])
-    opening = Options.validate!(options[:open], :open)
-    relay = Relay.start(delivery, &open_for(scope, graph, choice, opening, &1, &2), options[:retry])
-    %Demand{server: relay, session: delivery.session, node: node, ref: delivery.ref}
+  defp validated(options, function) do
+    options |> Options.validate!(function) |> Keyword.update!(:open, &Options.validate!(&1, :open))
   end
 
-  @sent ~w(deadline_ms priority coalesce_ms coalesce_bytes)a
+  # The session's name is found where it is opened.
+  defp delivery(node, options), do: Delivery.new("", node, options)
 
-  defp delivery(node, options) do
-    to = options |> Keyword.get(:to, self()) |> List.wrap()
+  # Its relay is on this node.
+  defp begin(scope, graph, delivery, options) do
+    with {:ok, relay} <- start(scope, graph, delivery, options), do: {:ok, relay, Process.monitor(relay)}
+  end
 
-    %Delivery{
-      ref: make_ref(),
-      # Its name is found where it is opened.
-      session: "",
-      node: node,
-      options:
-        for({name, value} <- Keyword.take(options, @sent), into: %{}, do: {Atom.to_string(name), value}),
-      window: options[:credit],
-      to: to,
-      watch: to,
-      tag: if(Keyword.has_key?(options, :tag), do: {:tag, options[:tag]}, else: :untagged)
-    }
+  defp start(scope, graph, delivery, options) do
+    choice = Keyword.take(options, [:model, :offer, :ask, :answer_ms])
+
+    with {:ok, graph} <- Graph.to_wire(graph) do
+      {:ok, Relay.start(delivery, &open_for(scope, graph, choice, options[:open], &1, &2), options[:retry])}
+    end
   end
 
   # Runs in a process of the relay.

@@ -146,8 +146,7 @@ defmodule DemandPort.Connection do
 
   @doc false
   def starting(:state_timeout, :not_ready, data) do
-    Launch.kill(data.port)
-    lost(unavailable("the service was not ready within #{data.options[:start_timeout_ms]} ms"), data)
+    kill("the service was not ready within #{data.options[:start_timeout_ms]} ms", data)
   end
 
   def starting(type, content, data), do: common(type, content, data)
@@ -160,8 +159,7 @@ defmodule DemandPort.Connection do
 
   # Even one whose nodes hold it up answers pings: this one is stopped, or stuck in what cannot be interrupted.
   def ready({:timeout, :pulse}, :none, data) do
-    Launch.kill(data.port)
-    lost(unavailable("the service did not answer within #{data.options[:hang_timeout_ms]} ms"), data)
+    kill("the service did not answer within #{data.options[:hang_timeout_ms]} ms", data)
   end
 
   def ready({:timeout, :health}, :ask, data) do
@@ -196,8 +194,7 @@ defmodule DemandPort.Connection do
   end
 
   def draining(:state_timeout, :stuck, data) do
-    Launch.kill(data.port)
-    lost(unavailable("the service did not drain in its time"), data)
+    kill("the service did not drain in its time", data)
   end
 
   def draining(type, content, data), do: common(type, content, data)
@@ -332,7 +329,6 @@ defmodule DemandPort.Connection do
   defp common({:timeout, {:look, id}}, :again, data),
     do: {:keep_state, look_again(data, id), look_actions(data, id)}
 
-  # The next service is asked anew.
   # They begin anew when the next service is ready.
   defp common({:timeout, name}, _, _data) when name in [:health, :pulse], do: :keep_state_and_data
 
@@ -356,6 +352,12 @@ defmodule DemandPort.Connection do
   end
 
   ## Losing the service, and the next one
+
+  # It is there and does not do what it should in its time.
+  defp kill(text, data) do
+    Launch.kill(data.port)
+    lost(unavailable(text), data)
+  end
 
   defp lost(error, data) do
     now = System.monotonic_time(:millisecond)

@@ -138,13 +138,9 @@ defmodule Mix.Tasks.DemandPort.Gen.Node do
 
   defp test_text(names) do
     ~s'''
-    """The node type `#{names.node_type}`: as a function, by its ports, and in a graph."""
+    """The node type `#{names.node_type}`: as a function, by its ports, and as a demand runs it."""
 
-    import json
-    import os
-    import subprocess
-    import sys
-
+    from demandport.testing import run_node
     from #{names.package}.#{names.module} import #{names.module}
 
 
@@ -159,20 +155,8 @@ defmodule Mix.Tasks.DemandPort.Gen.Node do
         assert {name: port.type for name, port in spec.outputs.items()} == {"output": "string"}
 
 
-    def test_in_a_graph(tmp_path):
-        graph = {
-            "nodes": [
-                {"id": "in", "node_type": "text-input", "data": {"text": "ab"}},
-                {"id": "it", "node_type": "#{names.node_type}", "data": {"times": 3}},
-            ],
-            "edges": [{"source": "in", "target": "it", "target_handle": "text"}],
-        }
-        file = tmp_path / "graph.json"
-        file.write_text(json.dumps(graph))
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-m", "demandport", "run", str(file), "it"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
-        assert (done.returncode, done.stdout) == (0, "output: ababab\\n"), done.stderr
+    def test_a_demand():
+        assert run_node("#{names.node_type}", {"text": "ab"}, data={"times": 3}).outputs == {"output": "ababab"}
     '''
   end
 end
