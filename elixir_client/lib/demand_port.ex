@@ -332,9 +332,6 @@ defmodule DemandPort do
   @doc """
   Demands a node and returns at once; the messages go to the caller. The demand is cancelled when its receiver dies.
 
-  When the connection itself is killed, nobody is left to say so: who must know monitors it, as `demand/3` and
-  `stream/3` do.
-
   No more of its chunks are under way, or wait in the receiver's mailbox, than `credit` says: the service is held back
   while the mailbox holds more. (That of a process on another node cannot be looked into.)
 

@@ -664,8 +664,8 @@ defmodule DemandPort.DyingTest do
   end
 
   describe "the connection" do
-    for moment <- [:queued, :running, :streaming, :draining, :held] do
-      test "is stopped by its supervisor, #{moment}: each demand ends once" do
+    for how <- [:stop, :kill], moment <- [:queued, :running, :streaming, :draining, :held] do
+      test "ends by a #{how}, #{moment}: each demand ends once" do
         port = own()
         Process.flag(:trap_exit, true)
         os_pid = os_pid(port) || 0
@@ -675,7 +675,7 @@ defmodule DemandPort.DyingTest do
           assert eventually(fn -> info(port).open_demands + info(port).held >= 4 end)
         end)
 
-        end_connection(port, :stop)
+        end_connection(port, unquote(how))
         outcomes = outcomes()
         assert %Error{code: :backend_unavailable} = outcomes.async
 
@@ -840,6 +840,18 @@ defmodule DemandPort.DyingTest do
       settled(port)
     end
 
+    test "each get one outcome, whenever the connection is killed" do
+      port = own()
+      session = opened(port)
+      callers(session)
+      assert_receive {:caller, 1, _} = first, @wait
+      send(self(), first)
+      kill(port)
+
+      for outcome <- caller_outcomes(),
+          do: assert(match?({:ok, "hello"}, outcome) or lost?(outcome), inspect(outcome))
+    end
+
     defp lost?({:error, %Error{code: :backend_unavailable, retryable: true}}), do: true
     defp lost?(_outcome), do: false
 
@@ -861,11 +873,11 @@ defmodule DemandPort.DyingTest do
     end
 
     defp ask(3, session) do
-      DemandPort.demand_async!(session, "out")
-
-      receive do
-        {:demand_complete, "out", %{"text" => text}} -> alone({:ok, text})
-        {:demand_error, "out", error} -> alone({:error, error})
+      with {:ok, _demand} <- DemandPort.demand_async(session, "out") do
+        receive do
+          {:demand_complete, "out", %{"text" => text}} -> alone({:ok, text})
+          {:demand_error, "out", error} -> alone({:error, error})
+        end
       end
     end
 

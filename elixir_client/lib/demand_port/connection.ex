@@ -30,7 +30,7 @@ defmodule DemandPort.Connection do
 
   import DemandPort.Connection.Requests
 
-  alias DemandPort.Connection.Data
+  alias DemandPort.Connection.{Data, Heir}
   alias DemandPort.{Delivery, Error, HostCalls, Launch, Msgpack, Protocol, Restore, Subscriptions, Telemetry}
 
   @client "demand_port/#{Mix.Project.config()[:version]} elixir"
@@ -126,7 +126,8 @@ defmodule DemandPort.Connection do
     # A flood of frames stays off this process's heap, where the garbage collector would copy it.
     Process.flag(:message_queue_data, :off_heap)
     {:ok, tasks} = Task.Supervisor.start_link()
-    data = %Data{options: options, tasks: tasks, protocol: Protocol.new(options[:max_frame_bytes])}
+    protocol = Protocol.new(options[:max_frame_bytes])
+    data = %Data{options: options, tasks: tasks, heir: Heir.start(), protocol: protocol}
 
     case launch(data) do
       {:ok, data} -> {:ok, :starting, data, start_actions(data)}
@@ -340,7 +341,12 @@ defmodule DemandPort.Connection do
   @impl true
   def terminate(reason, _state, data) do
     error = data.failure || unavailable("the connection stopped: #{inspect(reason, limit: 20)}")
-    Enum.each(data.owners, fn {_id, owner} -> fail(owner, error) end)
+
+    Enum.each(data.owners, fn {_id, owner} ->
+      forget(data, owner)
+      fail(owner, error)
+    end)
+
     reply_all(data.restarting, {:error, error})
     if data.port, do: close(data.port)
   end
