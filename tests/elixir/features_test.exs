@@ -209,6 +209,13 @@ defmodule DemandPort.FeaturesTest do
       assert :pong = DemandPort.ping(port)
     end
 
+    test "that crashes has its inputs in no log", %{port: port} do
+      session = hosted(port, "boom", secret: "of a customer")
+      log = ExUnit.CaptureLog.capture_log(fn -> assert {:error, _} = DemandPort.demand(session, "n") end)
+      assert log =~ "boom"
+      refute log =~ "of a customer"
+    end
+
     test "is shut down when nobody wants it, and may clean up", %{port: port} do
       session = hosted(port, "wait")
       demand = DemandPort.demand_async!(session, "n")

@@ -116,10 +116,10 @@ defmodule DemandPort.Host do
   # Runs one call in the calling process, which is the call's own, once it is told to begin, and sends the answer.
   @spec run(t, %{ref: reference}, pid) :: :ok
   def run(host, %{ref: ref} = call, connection) do
-    receive do: ({:begin, ^ref} -> :ok)
+    inputs = receive do: ({:begin, ^ref, inputs} -> inputs)
     {module, arg} = if is_tuple(host), do: host, else: {host, nil}
     context = context(call, connection, arg)
-    answer = module |> answer(call.inputs, context) |> encoded(call.id)
+    answer = module |> answer(inputs, context) |> encoded(call.id)
     GenServer.cast(connection, {:answer, context.call, answer})
   end
 

@@ -28,13 +28,16 @@ defmodule DemandPort.HostCalls do
   def start(state, call, tasks) do
     case Map.fetch(state.hosts, call.session) do
       {:ok, host} ->
+        {inputs, call} = Map.pop!(call, :inputs)
         call = call |> Map.put(:ref, make_ref()) |> Map.put(:started, System.monotonic_time())
         Telemetry.execute([:host, :start], %{monotonic_time: call.started}, about(call))
         {:ok, pid} = Task.Supervisor.start_child(tasks, Host, :run, [host, call, self()], shutdown: @grace_ms)
         monitor = Process.monitor(pid)
-        # Only what is watched may crash: its reason would be lost.
-        send(pid, {:begin, call.ref})
-        call = call |> Map.delete(:inputs) |> Map.merge(%{pid: pid, monitor: monitor})
+
+        # Only what is watched may crash: its reason would be lost. A report of the crash shows what the process was
+        # started with, so the inputs come later.
+        send(pid, {:begin, call.ref, inputs})
+        call = Map.merge(call, %{pid: pid, monitor: monitor})
 
         {:ok,
          %{
