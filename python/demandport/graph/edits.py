@@ -95,7 +95,10 @@ def _set_input(graph: Graph, operation: Operation, place: str, specs: Specs) -> 
 
 def _clear_input(graph: Graph, operation: Operation, place: str, specs: Specs) -> set[str]:
     node_id = _node_of(graph, operation, place)
-    graph.inputs.get(node_id, {}).pop(_port_of(graph, node_id, operation, place, specs), None)
+    port, given = _port_of(graph, node_id, operation, place, specs), graph.inputs.get(node_id, {})
+    if port not in given:
+        return set()
+    del given[port]
     return {node_id}
 
 
