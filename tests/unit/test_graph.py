@@ -106,6 +106,13 @@ def test_a_name_in_data_that_is_no_port_is_none_where_the_port_has_a_value_or_th
     assert require_runnable(load({"nodes": [given, anything], "edges": []}), SPECS) == []
 
 
+def test_a_graph_grows_no_larger_than_one_may_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("demandport.graph.loading.MAX_NODES", 3)
+    graph, _ = apply(load(BASE), [{"op": "add_node", "node": _node("c")}], SPECS)
+    with pytest.raises(InvalidGraph, match="at most 3 nodes"):
+        apply(graph, [{"op": "add_node", "node": _node("d")}], SPECS)
+
+
 def test_to_clear_an_input_that_is_not_set_changes_nothing() -> None:
     graph = load(BASE)
     clear = [{"op": "clear_input", "node": "a", "port": "text"}]
