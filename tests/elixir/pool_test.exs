@@ -199,7 +199,7 @@ defmodule DemandPort.PoolTest do
 
     holder =
       spawn(fn ->
-        {:ok, _} = Roster.hold(Module.concat(pool, "Roster"), first)
+        {:ok, _} = Roster.hold(pool, first)
         send(test, :held)
         Process.sleep(:infinity)
       end)
@@ -210,6 +210,36 @@ defmodule DemandPort.PoolTest do
     Process.exit(holder, :kill)
     assert eventually(fn -> match?({:ok, %{server: ^first}}, Pool.open(pool, @graph)) end)
     assert :ok = Pool.restart(pool)
+  end
+
+  test "whose name is taken for a port's says what it is, and nothing dies" do
+    pool = fake_pool(2)
+    {:ok, session} = Pool.open(pool, @graph)
+    {:ok, _} = DemandPort.demand_async(session, "never")
+    assert_receive {:node_stream, "never", _}, @wait
+    before = Enum.map(Pool.members(pool), &Process.whereis/1)
+
+    answers = [
+      DemandPort.open(pool, @graph),
+      DemandPort.ping(pool),
+      DemandPort.info(pool),
+      DemandPort.restart(pool),
+      DemandPort.demand(%{session | server: pool}, "echo"),
+      DemandPort.demand_async(%{session | server: pool}, "echo"),
+      DemandPort.subscribe(%{session | server: pool})
+    ]
+
+    for answer <- answers do
+      assert {:error, %Error{code: :bad_message, retryable: false, message: message}} = answer
+      assert message =~ "#{inspect(pool)} is a pool: use DemandPort.Pool"
+    end
+
+    assert {:error, %Error{code: :bad_message, message: message}} = Pool.open(session.server, @graph)
+    assert message =~ "one port"
+    send(pool, :what_nobody_asked_for)
+    assert Enum.map(Pool.members(pool), &Process.whereis/1) == before
+    assert sessions(pool) == [1, 0]
+    refute_received _
   end
 
   defp flush_ran do

@@ -92,8 +92,8 @@ defmodule DemandPort.Cluster do
     # Without the scope's process, the groups are empty: the member joins again after it. What is open stays.
     children = [
       {Task.Supervisor, name: leases(scope)},
-      %{id: :pg, start: {:pg, :start_link, [scope]}},
-      {Member, member ++ [name: member(scope), ports: options[:ports] ++ pooled, timeout: @models_ms]}
+      %{id: :pg, start: {:pg, :start_link, [groups(scope)]}},
+      {Member, member ++ [groups: groups(scope), ports: options[:ports] ++ pooled, timeout: @models_ms]}
     ]
 
     Supervisor.start_link(children, strategy: :rest_for_one, name: Module.concat(scope, "Supervisor"))
@@ -104,7 +104,7 @@ defmodule DemandPort.Cluster do
   `refresh_ms`. Worth a call after `DemandPort.load_model/3`.
   """
   @spec refresh(scope) :: :ok
-  def refresh(scope), do: Member.refresh(member(scope))
+  def refresh(scope), do: Member.refresh(scope)
 
   @doc """
   The ports of the cluster that this node knows of, as pids; `model` and `offer` leave only those that have it.
@@ -231,7 +231,7 @@ defmodule DemandPort.Cluster do
   defp loaded(scope, options) do
     case options[:model] do
       nil -> []
-      model -> scope |> :pg.get_members({:model, model}) |> among(scope, options)
+      model -> scope |> groups() |> :pg.get_members({:model, model}) |> among(scope, options)
     end
   end
 
@@ -247,8 +247,8 @@ defmodule DemandPort.Cluster do
 
   defp offering(scope, options) do
     case Keyword.fetch(options, :offer) do
-      {:ok, offer} -> :pg.get_members(scope, {:offer, offer})
-      :error -> :pg.get_members(scope, :ports)
+      {:ok, offer} -> :pg.get_members(groups(scope), {:offer, offer})
+      :error -> :pg.get_members(groups(scope), :ports)
     end
   end
 
@@ -273,5 +273,6 @@ defmodule DemandPort.Cluster do
   end
 
   defp leases(scope), do: Module.concat(scope, "Leases")
-  defp member(scope), do: Module.concat(scope, "Member")
+  # The scope of :pg. The cluster's own name is its member's.
+  defp groups(scope), do: Module.concat(scope, "Groups")
 end

@@ -244,6 +244,11 @@ defmodule DemandPort.Connection do
 
   defp common({:call, from}, :info, data), do: {:keep_state, data, {:reply, from, {:ok, about(data)}}}
 
+  defp common({:call, from}, _for_a_pool_or_cluster, data) do
+    error = Error.new(:bad_message, "this is one port, and no pool or cluster: use DemandPort")
+    {:keep_state, data, {:reply, from, {:error, error}}}
+  end
+
   defp common(:cast, {:demand, delivery}, data) do
     case open_demand(data, delivery) do
       {:ok, data} ->

@@ -152,7 +152,7 @@ defmodule DemandPort.Options do
     ],
     "Pool.run": [@opening],
     "Cluster.start_link": [
-      {:scope, :atom, :required, "name of the `:pg` scope, the same on every node"},
+      {:scope, :atom, :required, "name of the cluster, the same on every node"},
       {:ports, {:list, :any}, [], "names of ports on this node that the cluster may use"},
       {:pool, :atom, :none,
        "a `DemandPort.Pool` on this node, started before, all of whose members it may use"},

@@ -13,10 +13,10 @@ defmodule DemandPort.Pool do
 
   For a graph that is wanted once, `run/4` opens, demands and closes.
 
-      Supervisor (name)
-      ├─ leases      Task.Supervisor: a process for each session that `run/4` has open
-      ├─ roster      chooses
-      └─ name.1 …    the members, connections as `DemandPort.start_link/1` starts them
+      name.Supervisor
+      ├─ name.Leases   a process for each session that `run/4` has open
+      ├─ name          chooses
+      └─ name.1 …      the members, connections as `DemandPort.start_link/1` starts them
 
   A service that ends is started again by its connection, and a connection that gives up by the supervisor. What ran there
   ends with `:backend_unavailable`; the other members notice nothing.
@@ -61,17 +61,18 @@ defmodule DemandPort.Pool do
 
     children = [
       {Task.Supervisor, name: leases(own[:name])},
-      {Roster, name: roster(own[:name]), members: members}
+      {Roster, name: own[:name], members: members}
       | Enum.map(members, &{DemandPort, Keyword.put(shared, :name, &1)})
     ]
 
     # Each member may be restarted as often as if it were alone.
-    Supervisor.start_link(children, strategy: :one_for_one, max_restarts: 3 * own[:size], name: own[:name])
+    name = Module.concat(own[:name], "Supervisor")
+    Supervisor.start_link(children, strategy: :one_for_one, max_restarts: 3 * own[:size], name: name)
   end
 
   @doc "The members' names, by index; each is a port for the functions of `DemandPort`."
   @spec members(t) :: [atom]
-  def members(pool), do: Roster.members(roster(pool))
+  def members(pool), do: Roster.members(pool)
 
   @doc """
   What the members know of themselves, by index: `DemandPort.info/1` of each, or its error.
@@ -130,7 +131,7 @@ defmodule DemandPort.Pool do
     options = Options.validate!(options, :restart)
 
     Enum.reduce_while(members(pool), :ok, fn member, :ok ->
-      case restart_member(roster(pool), member, options) do
+      case restart_member(pool, member, options) do
         :ok -> {:cont, :ok}
         {:error, error} -> {:halt, {:error, error}}
       end
@@ -152,11 +153,11 @@ defmodule DemandPort.Pool do
   end
 
   defp on_member(pool, open) do
-    with {:ok, member, promise} <- Roster.take(roster(pool)) do
+    with {:ok, member, promise} <- Roster.take(pool) do
       try do
         open.(member)
       after
-        Roster.opened(roster(pool), promise)
+        Roster.opened(pool, promise)
       end
     end
   end
@@ -165,6 +166,5 @@ defmodule DemandPort.Pool do
   @spec loads(t) :: [{member :: atom, Load.t()}]
   def loads(pool), do: pool |> members() |> Load.of(1_000)
 
-  defp roster(pool), do: Module.concat(pool, "Roster")
   defp leases(pool), do: Module.concat(pool, "Leases")
 end
