@@ -141,7 +141,15 @@ defmodule DemandPort.PoolTest do
         Pool.run(:nobody, @graph, "x", open: [kredit: 1])
       end
 
-      assert {:error, %Error{code: :backend_unavailable}} = Pool.open(:nobody, @graph)
+      assert_raise ArgumentError, ~r/:timeout of DemandPort.Pool.run must be/, fn ->
+        Pool.run(:nobody, @graph, "x", timeout: -1)
+      end
+
+      assert_raise ArgumentError,
+                   ~r/:kredit is not known to DemandPort.Pool.run; known: :open, .*:timeout/,
+                   fn ->
+                     Pool.run(:nobody, @graph, "x", kredit: 1)
+                   end
 
       assert_raise ArgumentError, ~r/:size of DemandPort.Pool.start_link must be an integer from 1/, fn ->
         Pool.start_link(name: Some.Pool, size: 0)
@@ -151,6 +159,20 @@ defmodule DemandPort.PoolTest do
         Pool.start_link([])
       end
     end
+  end
+
+  test "that is not there is the typed error" do
+    asked = [
+      Pool.open(:nobody, @graph),
+      Pool.run(:nobody, @graph, "x"),
+      Pool.members(:nobody),
+      Pool.info(:nobody),
+      Pool.loads(:nobody),
+      Pool.restart(:nobody),
+      DemandPort.Cluster.start_link(scope: :of_nobody, pool: :nobody)
+    ]
+
+    for answer <- asked, do: assert({:error, %Error{code: :backend_unavailable}} = answer)
   end
 
   @tag :service

@@ -85,15 +85,27 @@ defmodule DemandPort.Cluster do
   @spec start_link(keyword) :: Supervisor.on_start()
   def start_link(options) do
     options = Options.validate!(options, :"Cluster.start_link")
+
+    with {:ok, ports} <- ports(options), do: start_link(options, ports)
+  end
+
+  defp ports(options) do
+    case options[:pool] && Pool.members(options[:pool]) do
+      nil -> {:ok, options[:ports]}
+      {:error, error} -> {:error, error}
+      members -> {:ok, options[:ports] ++ members}
+    end
+  end
+
+  defp start_link(options, ports) do
     scope = options[:scope]
-    pooled = if options[:pool], do: Pool.members(options[:pool]), else: []
     member = Keyword.take(options, [:scope, :offers, :refresh_ms])
 
     # Without the scope's process, the groups are empty: the member joins again after it. What is open stays.
     children = [
       {Task.Supervisor, name: leases(scope)},
       %{id: :pg, start: {:pg, :start_link, [groups(scope)]}},
-      {Member, member ++ [groups: groups(scope), ports: options[:ports] ++ pooled, timeout: @models_ms]}
+      {Member, member ++ [groups: groups(scope), ports: ports, timeout: @models_ms]}
     ]
 
     Supervisor.start_link(children, strategy: :rest_for_one, name: Module.concat(scope, "Supervisor"))

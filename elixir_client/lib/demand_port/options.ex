@@ -193,9 +193,9 @@ defmodule DemandPort.Options do
 
   @doc "The options with defaults put in, or an `ArgumentError` that names the option, what it takes, and what it got."
   @spec validate!(keyword, function_name) :: keyword
-  def validate!(options, function) do
-    schema = Map.fetch!(@functions, function)
+  def validate!(options, function), do: checked!(options, Map.fetch!(@functions, function), function)
 
+  defp checked!(options, schema, function) do
     unless Keyword.keyword?(options),
       do: refuse("options of #{name(function)} must be a keyword list", options)
 
@@ -204,14 +204,19 @@ defmodule DemandPort.Options do
     Keyword.merge(defaults(schema), options)
   end
 
-  @doc "The options of one function and those it hands on to another, each validated."
+  @doc """
+  The options of one function and those it hands on to another, validated as what they are for the caller: its own.
+
+      iex> DemandPort.Options.split!([size: 1, cd: 5], :"Pool.start_link", :start_link)
+      ** (ArgumentError) option :cd of DemandPort.Pool.start_link must be a non-empty string; got: 5
+  """
   @spec split!(keyword, function_name, function_name) :: {own :: keyword, others :: keyword}
   def split!(options, function, other) do
-    unless Keyword.keyword?(options),
-      do: refuse("options of #{name(function)} must be a keyword list", options)
+    schema = Map.fetch!(@functions, function)
 
-    {own, others} = Keyword.split(options, Enum.map(Map.fetch!(@functions, function), &elem(&1, 0)))
-    {validate!(own, function), validate!(others, other)}
+    options
+    |> checked!(schema ++ Map.fetch!(@functions, other), function)
+    |> Keyword.split(Enum.map(schema, &elem(&1, 0)))
   end
 
   @doc "The options of a function as a Markdown list."

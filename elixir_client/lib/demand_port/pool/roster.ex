@@ -32,15 +32,15 @@ defmodule DemandPort.Pool.Roster do
   @spec opened(GenServer.server(), reference) :: :ok
   def opened(roster, promise), do: GenServer.cast(roster, {:opened, promise})
 
-  @spec members(GenServer.server()) :: [atom]
-  def members(roster), do: GenServer.call(roster, :members)
+  @spec members(GenServer.server()) :: {:ok, [atom]} | {:error, Error.t()}
+  def members(roster), do: Connection.call(roster, :members, :infinity)
 
   @doc "Gives a member no new sessions until `release/2`, or until the caller dies; one at a time."
-  @spec hold(GenServer.server(), atom) :: {:ok, reference} | :held
-  def hold(roster, member), do: GenServer.call(roster, {:hold, member})
+  @spec hold(GenServer.server(), atom) :: {:ok, reference} | {:error, Error.t()}
+  def hold(roster, member), do: Connection.call(roster, {:hold, member}, :infinity)
 
-  @spec release(GenServer.server(), reference) :: :ok
-  def release(roster, hold), do: GenServer.call(roster, {:release, hold})
+  @spec release(GenServer.server(), reference) :: :ok | {:error, Error.t()}
+  def release(roster, hold), do: Connection.call(roster, {:release, hold}, :infinity)
 
   @impl true
   def init(options), do: {:ok, struct!(__MODULE__, options)}
@@ -52,14 +52,16 @@ defmodule DemandPort.Pool.Roster do
     {:reply, {:ok, member, promise}, %{state | promised: Map.put(state.promised, promise, member)}}
   end
 
-  def handle_call(:members, _from, state), do: {:reply, state.members, state}
+  def handle_call(:members, _from, state), do: {:reply, {:ok, state.members}, state}
 
   def handle_call({:hold, member}, {pid, _}, %{held: nil} = state) do
     hold = Process.monitor(pid)
     {:reply, {:ok, hold}, %{state | held: {hold, member}}}
   end
 
-  def handle_call({:hold, _member}, _from, state), do: {:reply, :held, state}
+  def handle_call({:hold, _member}, _from, state) do
+    {:reply, {:error, Error.new(:draining, "the pool is being restarted already", retryable: true)}, state}
+  end
 
   def handle_call({:release, hold}, _from, state), do: {:reply, :ok, forget(state, hold)}
   def handle_call(_for_a_port, _from, state), do: {:reply, {:error, no_port(state)}, state}
