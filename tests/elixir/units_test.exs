@@ -250,6 +250,18 @@ defmodule DemandPort.UnitsTest do
       end
     end
 
+    test "those that do not go together are refused by name" do
+      to = {Registry, :topics, "room"}
+
+      for other <- [tag: :x, to: self()] do
+        message =
+          assert_raise(ArgumentError, fn -> Options.validate!([other, broadcast: to], :demand_async) end).message
+
+        assert message =~
+                 "options #{inspect(elem(other, 0))} and :broadcast of DemandPort.demand_async do not go together"
+      end
+    end
+
     test "defaults are put in, and what is given wins" do
       assert Options.validate!([], :ping) == [timeout: 30_000]
       assert Options.validate!([timeout: :infinity], :ping)[:timeout] == :infinity

@@ -112,7 +112,8 @@ defmodule DemandPort.Options do
        "pid, name or `{name, node}` that receives the messages, or a list of them; default: the caller. The demand " <>
          "is cancelled when the last of them has died"},
       {:broadcast, :broadcast, :none,
-       "`{adapter, server, topic}`: the messages are broadcast instead, see `DemandPort.Broadcaster`"},
+       "`{adapter, server, topic}`: the messages are broadcast instead, see `DemandPort.Broadcaster`; not beside `to` " <>
+         "or `tag`"},
       {:owner, :owner, :none,
        "the process whose death cancels the demand, or `:none`; default: the receivers, of a broadcast the caller"},
       {:tag, :any, :none, "each message arrives as `{tag, message}`"},
@@ -187,6 +188,9 @@ defmodule DemandPort.Options do
     "Graph.connect": [{:id, :string, :none, "name of the edge, for edits; default: one made of its ends"}]
   }
 
+  # What an option cannot stand beside.
+  @excluded %{demand_async: [to: :broadcast, tag: :broadcast]}
+
   @plain ~w(answer close edit set_input clear_input get_output snapshot health ping validate models info unsubscribe)a ++
            [:"Pool.info"]
   @functions Map.merge(@table, Map.new(@plain, &{&1, [@timeout]}))
@@ -201,6 +205,7 @@ defmodule DemandPort.Options do
 
     Enum.each(options, &check!(&1, schema, function))
     Enum.each(schema, &given!(&1, options, function))
+    Enum.each(@excluded[function] || [], &apart!(&1, options, function))
     Keyword.merge(defaults(schema), options)
   end
 
@@ -254,6 +259,15 @@ defmodule DemandPort.Options do
   end
 
   defp given!(_optional, _options, _function), do: :ok
+
+  defp apart!({option, other}, options, function) do
+    if Keyword.has_key?(options, option) and Keyword.has_key?(options, other),
+      do:
+        raise(
+          ArgumentError,
+          "options #{inspect(option)} and #{inspect(other)} of #{name(function)} do not go together"
+        )
+  end
 
   defp refuse(text, value), do: raise(ArgumentError, "#{text}; got: #{inspect(value)}")
 
