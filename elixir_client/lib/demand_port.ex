@@ -82,13 +82,16 @@ defmodule DemandPort do
   def health(port, options \\ []), do: ask(port, "health", [], options, :health)
 
   @doc """
-  Checks a graph without opening it: `%{"valid" => boolean, "problems" => list}`.
+  Checks a graph, given as to `open/3`, without opening it: `%{"valid" => boolean, "problems" => list}`.
 
   #{Options.docs(:validate)}
   """
-  @spec validate(port_server, map, keyword) :: {:ok, map} | {:error, Error.t()}
-  def validate(port, graph, options \\ []) when is_map(graph) do
-    ask(port, "validate", [graph], options, :validate)
+  @spec validate(port_server, map | Graph.t() | Path.t(), keyword) :: {:ok, map} | {:error, Error.t()}
+  def validate(port, graph, options \\ []) do
+    options = Options.validate!(options, :validate)
+
+    with {:ok, graph} <- Graph.to_wire(graph),
+         do: Connection.request(port, "validate", [graph], options[:timeout])
   end
 
   @doc """

@@ -70,11 +70,13 @@ defmodule DemandPort.FeaturesTest do
       on_exit(fn -> File.rm(path) end)
 
       for graph <- [text(), Graph.to_map(text()), path] do
+        assert {:ok, %{"valid" => true}} = DemandPort.validate(port, graph)
         session = DemandPort.open!(port, graph)
         assert %{"text" => "hello"} = DemandPort.demand!(session, "out")
       end
 
       assert {:error, %Error{}} = DemandPort.open(port, "/no/such/file.json")
+      assert {:error, %Error{code: :invalid_graph}} = DemandPort.validate(port, "/no/such/file.json")
     end
 
     test "with an exclamation mark raises the error", %{port: port} do
