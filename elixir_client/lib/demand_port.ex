@@ -374,12 +374,21 @@ defmodule DemandPort do
   @spec demand_many(Session.t(), [String.t()], keyword) ::
           {:ok, [{String.t(), {:ok, outputs} | {:error, Error.t()} | :skipped | :cancelled | :not_started}]}
           | {:error, Error.t()}
-  def demand_many(session, nodes, options \\ [])
-  def demand_many(%Session{}, [], _options), do: {:ok, []}
-
-  def demand_many(%Session{} = session, [_ | _] = nodes, options) do
+  def demand_many(%Session{} = session, nodes, options \\ []) when is_list(nodes) do
     options = Options.validate!(options, :demand_many)
 
+    case Enum.reject(nodes, &is_binary/1) do
+      [] ->
+        outcomes(session, nodes, options)
+
+      [odd | _] ->
+        raise ArgumentError, "a node of DemandPort.demand_many must be a string; got: #{inspect(odd)}"
+    end
+  end
+
+  defp outcomes(_session, [], _options), do: {:ok, []}
+
+  defp outcomes(session, nodes, options) do
     more =
       for {name, value} <- Keyword.take(options, [:mode, :limit]), into: %{}, do: {"#{name}", plain(value)}
 

@@ -125,6 +125,11 @@ defmodule DemandPort.FeaturesTest do
               ]} = DemandPort.demand_many(session, ["boom", "not", "out"])
 
       assert {:ok, []} = DemandPort.demand_many(session, [])
+
+      assert_raise ArgumentError, ~r/a node of DemandPort.demand_many must be a string; got: :out/, fn ->
+        DemandPort.demand_many(session, ["boom", :out])
+      end
+
       assert {:ok, outcomes} = DemandPort.demand_many(session, ["boom", "out"], mode: :race)
       assert {"out", {:ok, _}} = List.keyfind(outcomes, "out", 0)
       assert {:error, %Error{code: :unknown_node}} = DemandPort.demand_many(session, ["out", "nobody"])
