@@ -267,9 +267,19 @@ defmodule DemandPort.FeaturesTest do
                DemandPort.demand!(session, "rag")
     end
 
-    test "without a host is unavailable", %{port: port} do
-      session = DemandPort.open!(port, Graph.new() |> Graph.node("n", "mine"), host_types: :all)
-      assert {:error, %Error{code: :host_unavailable}} = DemandPort.demand(session, "n")
+    test "is of no use without a host, nor with a module that runs nothing", %{port: port} do
+      graph = Graph.new() |> Graph.node("n", "mine")
+
+      for option <- [host_types: :all, host_else: ["mine"], host_timeout_ms: 5] do
+        text = "option #{inspect(elem(option, 0))} of DemandPort.open needs :host"
+        assert_raise ArgumentError, text, fn -> DemandPort.open(port, graph, [option]) end
+      end
+
+      for odd <- [String, {String, 1}, :no_such_module] do
+        assert_raise ArgumentError, ~r/:host of DemandPort.open must be a module with handle_node/, fn ->
+          DemandPort.open(port, graph, host: odd)
+        end
+      end
     end
   end
 

@@ -103,6 +103,15 @@ defmodule DemandPort.Host do
     end
   end
 
+  @doc "Whether the module can be a host: it runs nodes, tools or searches."
+  @spec valid?(module) :: boolean
+  def valid?(module) do
+    runs = [handle_node: 3, handle_tool: 3, handle_search: 3]
+
+    Code.ensure_loaded?(module) and
+      Enum.any?(runs, fn {name, arity} -> function_exported?(module, name, arity) end)
+  end
+
   @doc "What the host's module claims by itself; `[]` when it does not say."
   @spec claims(t) :: [String.t() | map] | :all
   def claims({module, _arg}), do: claims(module)

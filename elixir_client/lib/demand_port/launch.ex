@@ -13,7 +13,7 @@ defmodule DemandPort.Launch do
   @doc "Opens the port of a service, owned by the calling process."
   @spec open(keyword) :: {:ok, port} | {:error, Error.t()}
   def open(options) do
-    with {:ok, python} <- executable(options) do
+    with {:ok, python} <- executable(options), :ok <- folder(options[:cd]) do
       {:ok, Port.open({:spawn_executable, python}, port_options(options))}
     end
   rescue
@@ -78,6 +78,13 @@ defmodule DemandPort.Launch do
       nil -> unavailable("no executable #{inspect(python)}; set the option :python or DEMAND_PORT_PYTHON")
       path -> {:ok, path}
     end
+  end
+
+  # The port would open, and end.
+  defp folder(nil), do: :ok
+
+  defp folder(path) do
+    if File.dir?(path), do: :ok, else: unavailable("no folder #{inspect(path)}; set the option :cd")
   end
 
   defp unavailable(text), do: {:error, Error.new(:backend_unavailable, text)}

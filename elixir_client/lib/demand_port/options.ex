@@ -74,9 +74,9 @@ defmodule DemandPort.Options do
       {:owner, :pid, :none, "a process whose death closes the session; default: none"},
       {:host, :host, :none, "a module of `DemandPort.Host` that runs nodes here, or `{module, arg}`"},
       {:host_types, :claims, :none,
-       "node types that the host runs, names or descriptors, or `:all`; default: what its module says"},
-      {:host_else, :claims, :none, "node types that the host runs where the service has none, or `:all`"},
-      {:host_timeout_ms, {:integer, 1}, :none, "time for an answer of the host; default five minutes"},
+       "node types that the `host` runs, names or descriptors, or `:all`; default: what its module says"},
+      {:host_else, :claims, :none, "node types that the `host` runs where the service has none, or `:all`"},
+      {:host_timeout_ms, {:integer, 1}, :none, "time for an answer of the `host`; default five minutes"},
       {:event_history, {:integer, 0}, :none, "events that are kept from the beginning on, for `subscribe/2`"},
       @timeout
     ],
@@ -188,7 +188,8 @@ defmodule DemandPort.Options do
     "Graph.connect": [{:id, :string, :none, "name of the edge, for edits; default: one made of its ends"}]
   }
 
-  # What an option cannot stand beside.
+  # What an option is nothing without, and what it cannot stand beside.
+  @needed %{open: [host_types: :host, host_else: :host, host_timeout_ms: :host]}
   @excluded %{demand_async: [to: :broadcast, tag: :broadcast]}
 
   @plain ~w(answer close edit set_input clear_input get_output snapshot health ping validate models info unsubscribe)a ++
@@ -205,6 +206,7 @@ defmodule DemandPort.Options do
 
     Enum.each(options, &check!(&1, schema, function))
     Enum.each(schema, &given!(&1, options, function))
+    Enum.each(@needed[function] || [], &together!(&1, options, function))
     Enum.each(@excluded[function] || [], &apart!(&1, options, function))
     Keyword.merge(defaults(schema), options)
   end
@@ -260,6 +262,11 @@ defmodule DemandPort.Options do
 
   defp given!(_optional, _options, _function), do: :ok
 
+  defp together!({option, other}, options, function) do
+    if Keyword.has_key?(options, option) and not Keyword.has_key?(options, other),
+      do: raise(ArgumentError, "option #{inspect(option)} of #{name(function)} needs #{inspect(other)}")
+  end
+
   defp apart!({option, other}, options, function) do
     if Keyword.has_key?(options, option) and Keyword.has_key?(options, other),
       do:
@@ -303,7 +310,7 @@ defmodule DemandPort.Options do
   defp fits?(:host, {module, _arg}), do: fits?(:host, module)
 
   defp fits?(:host, module),
-    do: is_atom(module) and module not in [nil, true, false] and Code.ensure_loaded?(module)
+    do: is_atom(module) and module not in [nil, true, false] and DemandPort.Host.valid?(module)
 
   defp fits?(:claims, value),
     do: value == :all or (is_list(value) and Enum.all?(value, &(is_binary(&1) or is_map(&1))))
@@ -341,7 +348,7 @@ defmodule DemandPort.Options do
   defp describe(:receivers), do: "a pid, a registered name, {name, node}, or a list of them"
   defp describe(:owner), do: "a pid, or :none"
   defp describe(:broadcast), do: "{adapter, server, topic} with an adapter that has broadcast/3, or Registry"
-  defp describe(:host), do: "a module, or {module, arg}"
+  defp describe(:host), do: "a module with handle_node/3, handle_tool/3 or handle_search/3, or {module, arg}"
   defp describe(:claims), do: "a list of names and descriptors, or :all"
   defp describe(:receiver), do: "a pid, a registered name, or {name, node}"
   defp describe(:env), do: "a list or map of names (strings) to values (strings, or nil)"
