@@ -12,7 +12,7 @@ defmodule DemandPort.FeaturesTest do
     use DemandPort.Host
 
     @impl true
-    def node_types, do: ["echo", "count", "boom", "wait", "odd", "tool-executor", "rag-search"]
+    def node_types, do: ["echo", "count", "boom", "forbid", "wait", "odd", "tool-executor", "rag-search"]
 
     @impl true
     def handle_node("echo", inputs, context) do
@@ -25,6 +25,7 @@ defmodule DemandPort.FeaturesTest do
     end
 
     def handle_node("boom", _inputs, _context), do: raise("boom")
+    def handle_node("forbid", _inputs, _context), do: raise(Error, code: :forbidden, message: "not here")
     def handle_node("odd", _inputs, _context), do: :what_is_this
 
     def handle_node("wait", _inputs, %{arg: test}) do
@@ -204,10 +205,23 @@ defmodule DemandPort.FeaturesTest do
     end
 
     test "that crashes or answers nonsense is the node's error", %{port: port} do
-      assert {:error, %Error{code: :node_failed, message: message, node: "n"}} =
+      assert {:error, %Error{code: :node_failed, message: "RuntimeError: boom", node: "n"} = error} =
                DemandPort.demand(hosted(port, "boom"), "n")
 
-      assert message =~ "boom"
+      assert error.traceback =~ ~r/features_test.exs:\d+: .*Nodes.handle_node\/3/
+
+      # One that no clause takes: without what it was given.
+      assert {:error, %Error{code: :node_failed, message: "FunctionClauseError: no function" <> _} = error} =
+               DemandPort.demand(hosted(port, "count", secret: "of a customer"), "n")
+
+      assert error.traceback =~ "Nodes.handle_node/3"
+      refute error.traceback =~ "of a customer"
+
+      # One of ours keeps its code, as of a node in Python.
+      assert {:error, %Error{code: :forbidden, message: "not here", traceback: traceback}} =
+               DemandPort.demand(hosted(port, "forbid"), "n")
+
+      assert traceback =~ "Nodes.handle_node/3"
 
       assert {:error, %Error{code: :node_failed, message: message}} =
                DemandPort.demand(hosted(port, "odd"), "n")

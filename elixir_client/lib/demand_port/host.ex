@@ -21,7 +21,7 @@ defmodule DemandPort.Host do
       {:ok, session} = DemandPort.open(port, graph, host: MyApp.Nodes)
 
   Each call runs in a process of its own, supervised by the connection. A crash in it is the node's error
-  (`:node_failed`), and nothing else. When nobody wants the answer any more (cancel, deadline, the session's end), the
+  (`:node_failed`, with what was raised as `message`, and where as `traceback`), and nothing else. When nobody wants the answer any more (cancel, deadline, the session's end), the
   process is shut down as by a supervisor: it may trap exits to clean up, and has five seconds for it.
 
   `stream/3` sends chunks before the answer; they reach whoever demanded, as any node's do.
