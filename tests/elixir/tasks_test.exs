@@ -282,6 +282,18 @@ defmodule DemandPort.TasksTest do
       assert DemandPort.demand(session, "it") == {:ok, %{"output" => "abab"}}
     end
 
+    test "refuses the names that the service has already", %{folder: folder} do
+      {:ok, types} = DemandPort.node_types(DemandPort.Test.Services.real())
+      names = Enum.map(types, & &1["node_type"])
+      assert Enum.sort(names) == Enum.sort(Tasks.Gen.Node.built_in())
+
+      assert_raise Mix.Error, ~r/template is a node type that the service has already/, fn ->
+        Tasks.Gen.Node.run(["template", "--root", folder])
+      end
+
+      assert File.ls!(folder) == []
+    end
+
     test "keeps what is there, and refuses names that are none", %{folder: folder} do
       Tasks.Gen.Node.run(["one", "--root", folder])
       node = Path.join(folder, "priv/python/demand_port_nodes/one.py")
