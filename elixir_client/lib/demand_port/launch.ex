@@ -57,6 +57,10 @@ defmodule DemandPort.Launch do
   @spec python_folder() :: Path.t() | nil
   def python_folder, do: packed("python") || existing(@repository_python)
 
+  @doc "The folder of the Python package that a service with these options has."
+  @spec package_folder(keyword) :: Path.t() | nil
+  def package_folder(options), do: options[:python_path] || python_folder()
+
   # Where DemandPort.Release put it.
   defp packed(path) do
     case :code.priv_dir(:demand_port) do
@@ -113,7 +117,7 @@ defmodule DemandPort.Launch do
     given = Map.new(options[:env] || [])
 
     given
-    |> put_python_path(options[:python_path] || python_folder())
+    |> put_python_path(package_folder(options))
     |> Enum.map(fn {name, value} -> {to_charlist(name), variable(value)} end)
   end
 
