@@ -32,6 +32,8 @@ defmodule DemandPort do
   @type port_server :: GenServer.server()
   @type value :: term
   @type outputs :: %{String.t() => value}
+  @typedoc "How one of several nodes ended, for `demand_many/3`."
+  @type outcome :: {:ok, outputs} | {:error, Error.t()} | :skipped | :cancelled | :not_started
   @typedoc """
   An edit: `{:add_node, node}`, `{:remove_node, id}`, `{:add_edge, edge}`, `{:remove_edge, edge_or_id}`,
   `{:update_node_data, id, data}`, `{:set_input, id, port, value}`, `{:clear_input, id, port}`, `{:invalidate, id}`,
@@ -372,8 +374,7 @@ defmodule DemandPort do
   #{Options.docs(:demand_many)}
   """
   @spec demand_many(Session.t(), [String.t()], keyword) ::
-          {:ok, [{String.t(), {:ok, outputs} | {:error, Error.t()} | :skipped | :cancelled | :not_started}]}
-          | {:error, Error.t()}
+          {:ok, [{String.t(), outcome}]} | {:error, Error.t()}
   def demand_many(%Session{} = session, nodes, options \\ []) when is_list(nodes) do
     options = Options.validate!(options, :demand_many)
 
@@ -447,35 +448,47 @@ defmodule DemandPort do
 
   ## With an exclamation mark
 
-  for {name, arities} <- [
-        open: 2..3,
-        edit: 2..3,
-        set_input: 4..5,
-        clear_input: 3..4,
-        answer: 3..4,
-        get_output: 3..4,
-        snapshot: 1..2,
-        close: 1..2,
-        subscribe: 1..2,
-        demand: 2..3,
-        demand_async: 2..3,
-        demand_many: 2..3,
-        models: 1..2,
-        load_model: 2..3,
-        unload_model: 2..3,
-        node_types: 1..2,
-        validate: 2..3,
-        health: 1..2,
-        info: 1..2,
-        drain: 1..2,
-        restart: 1..2
-      ],
-      arity <- arities do
-    arguments = Macro.generate_arguments(arity, __MODULE__)
-    @doc "As `#{name}/#{arity}`, but returns the result alone, and raises the error."
-    @spec unquote(:"#{name}!")(unquote_splicing(List.duplicate({:term, [], []}, arity))) :: term
-    def unquote(:"#{name}!")(unquote_splicing(arguments)) do
-      unquote(name)(unquote_splicing(arguments)) |> unwrap()
+  # Each takes options last.
+  with_mark =
+    quote do
+      [
+        ping(port :: port_server) :: :pong,
+        health(port :: port_server) :: map,
+        info(port :: port_server) :: map,
+        validate(port :: port_server, graph :: map | Graph.t() | Path.t()) :: map,
+        node_types(port :: port_server) :: [map],
+        models(port :: port_server) :: [map],
+        load_model(port :: port_server, model :: String.t()) :: map,
+        unload_model(port :: port_server, model :: String.t() | %{String.t() => term}) :: boolean,
+        drain(port :: port_server) :: map,
+        restart(port :: port_server) :: :ok,
+        open(port :: port_server, graph :: map | Graph.t() | Path.t()) :: Session.t(),
+        close(session :: Session.t()) :: :ok,
+        snapshot(session :: Session.t()) :: map,
+        edit(session :: Session.t(), operations :: operation | [operation]) :: [String.t()],
+        set_input(session :: Session.t(), node :: String.t(), port :: String.t(), value :: value) :: [
+          String.t()
+        ],
+        clear_input(session :: Session.t(), node :: String.t(), port :: String.t()) :: [String.t()],
+        answer(session :: Session.t(), node :: String.t(), value :: value) :: [String.t()],
+        get_output(session :: Session.t(), node :: String.t(), port :: String.t()) ::
+          value | :absent | :skipped,
+        subscribe(session :: Session.t()) :: %{first: non_neg_integer, next: non_neg_integer},
+        unsubscribe(session :: Session.t()) :: :ok,
+        demand(session :: Session.t(), node :: String.t()) :: outputs,
+        demand_async(session :: Session.t(), node :: String.t()) :: Demand.t(),
+        demand_many(session :: Session.t(), nodes :: [String.t()]) :: [{String.t(), outcome}]
+      ]
+    end
+
+  for {:"::", _, [{name, _, parameters}, result]} <- with_mark do
+    {arguments, types} =
+      Enum.unzip(for {:"::", _, [{name, _, _}, type]} <- parameters, do: {Macro.var(name, nil), type})
+
+    @doc "As `#{name}/#{length(arguments) + 1}`, but returns the result alone, and raises the error."
+    @spec unquote(:"#{name}!")(unquote_splicing(types), keyword) :: unquote(result)
+    def unquote(:"#{name}!")(unquote_splicing(arguments), options \\ []) do
+      unquote(name)(unquote_splicing(arguments), options) |> unwrap()
     end
   end
 

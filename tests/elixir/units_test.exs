@@ -279,6 +279,30 @@ defmodule DemandPort.UnitsTest do
     end
   end
 
+  test "functions with an exclamation mark have the arguments and types of those without" do
+    {:docs_v1, _, _, _, _, _, docs} = Code.fetch_docs(DemandPort)
+
+    arguments =
+      for {{:function, name, arity}, _, [signature], _, _} <- docs, do: {{"#{name}", arity}, signature}
+
+    arguments = Map.new(arguments)
+
+    marked =
+      for {{name, arity}, signature} <- arguments, String.ends_with?(name, "!"), do: {name, arity, signature}
+
+    assert length(marked) > 20
+
+    for {name, arity, signature} <- marked do
+      plain = String.trim_trailing(name, "!")
+      assert signature == String.replace_prefix(arguments[{plain, arity}], plain, name)
+    end
+
+    {:ok, specs} = Code.Typespec.fetch_specs(DemandPort)
+    [spec] = Map.new(specs)[{:open!, 3}]
+    text = :open! |> Code.Typespec.spec_to_quoted(spec) |> Macro.to_string()
+    assert text =~ "keyword()) :: DemandPort.Session.t()"
+  end
+
   describe "launch" do
     test "the option goes before everything" do
       assert Launch.python(python: "this") == "this"
