@@ -287,10 +287,18 @@ defmodule DemandPort do
 
   @doc """
   Has the session's events sent to the caller, as `{:node_event, session, event}`, until it unsubscribes or dies, or the
-  session is closed, or lost with its service. `event` is a map with `"event"`, `"node"`, `"seq"` and `"time_us"`: `protocol/SPEC.md`, section 10.
+  session is closed, or lost with its service. `session` is the session's name. `event` is a map with `"event"`, `"node"`,
+  `"seq"` and `"time_us"`: `protocol/SPEC.md`, section 10.
 
-  Who comes back says `since:` with the number after the last one it had, and misses nothing that is still kept. After a
-  restart of the service the numbers of a restored session begin at 0 again.
+  Who comes back says `since:` with the number after the last one it had, and misses nothing that is still kept.
+
+  Two events are not the service's but made by this client. They come whatever `kinds:` says, and have nil for `"seq"`:
+
+  * `"session_closed"`, the last one: the session was closed, and `"error"` is nil; or it was lost, with its service or with the
+    connection, and `"error"` is why, a map with `"code"` and `"message"` as in other events.
+  * `"session_restored"`: a session that was opened with `restore: true` goes on in a new service, whose numbers begin at 0.
+
+  A connection that is killed says nothing: who must know monitors it, by the pid of `GenServer.whereis(session.server)`.
 
   #{Options.docs(:subscribe)}
   """

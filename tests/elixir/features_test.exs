@@ -512,9 +512,29 @@ defmodule DemandPort.FeaturesTest do
       {_, 0} = System.cmd("kill", ["-9", "#{DemandPort.info!(port).os_pid}"])
       assert eventually(fn -> DemandPort.info!(port).restarts == 1 end)
       assert %{"text" => "second"} = DemandPort.demand!(session, "out")
-      assert_receive {:node_event, _, %{"event" => "demand_completed"}}, @wait
+      # Said by the client, before anything of the new service.
+      assert [%{"event" => "session_restored", "seq" => nil}, %{"seq" => 0} | _] =
+               events(session.name, "demand_completed")
+
       DemandPort.close!(session)
       assert DemandPort.info!(port).restorable_sessions == []
+      assert_receive {:node_event, _, %{"event" => "session_closed", "error" => nil}}, @wait
+    end
+
+    test "ends the events of a session that is not restored, and so does the end of the connection", %{
+      port: port
+    } do
+      {:ok, _} = DemandPort.subscribe(DemandPort.open!(port, text()), tag: :lost)
+      kept = DemandPort.open!(port, text(), restore: true)
+      {:ok, _} = DemandPort.subscribe(kept, kinds: [], tag: :kept)
+      :ok = DemandPort.restart(port)
+      assert_receive {:lost, {:node_event, _, %{"event" => "session_closed", "error" => error}}}, @wait
+      assert %{"code" => "backend_unavailable", "retryable" => true} = error
+      assert_receive {:kept, {:node_event, _, %{"event" => "session_restored"}}}, @wait
+      GenServer.stop(port)
+      assert_receive {:kept, {:node_event, _, %{"event" => "session_closed", "error" => error}}}, @wait
+      assert %{"code" => "backend_unavailable"} = error
+      refute_received {:lost, _}
     end
 
     test "comes for a service that is stopped", _context do

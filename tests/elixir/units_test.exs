@@ -206,11 +206,24 @@ defmodule DemandPort.UnitsTest do
           state -> elem(Subscriptions.add(state, session, pid, since: 7), 1)
         end
 
-      state = Subscriptions.restarted(state, ["s"], [{"t", other}])
+      error = Error.new(:backend_unavailable, "gone", retryable: true)
+      state = Subscriptions.restarted(state, ["s"], [{"t", other}], error)
+      assert_received {:node_event, "t", %{"event" => "session_closed", "seq" => nil, "error" => error}}
+      assert %{"code" => "backend_unavailable", "message" => "gone", "retryable" => true} = error
       assert %{"s" => %{} = s, "t" => %{} = t} = state.sessions
       assert [{me, %{at: 0}}] = Map.to_list(s)
       assert [{^other, %{at: 7}}] = Map.to_list(t)
       assert me == self()
+      refute_received _
+
+      # Those who wait are told of the service that they come to by the reply.
+      state =
+        state |> Subscriptions.restored("s") |> Subscriptions.restored("t") |> Subscriptions.restored("s")
+
+      assert_received {:node_event, "s", %{"event" => "session_restored", "error" => nil}}
+      refute_received _
+      assert Subscriptions.close(state, "s", nil).sessions == Map.delete(state.sessions, "s")
+      assert_received {:node_event, "s", %{"event" => "session_closed", "error" => nil}}
     end
   end
 
