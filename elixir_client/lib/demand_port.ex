@@ -30,7 +30,12 @@ defmodule DemandPort do
 
   @typedoc "What `start_link/1` started: a pid or a registered name."
   @type port_server :: GenServer.server()
+  @typedoc """
+  A value of a port. What was sent comes back as nil, a boolean, a number, a string or binary, a list, or a map with string
+  keys, where an atom was a key too. Any other term, a tuple, pid, reference or atom, comes back as it was sent. NaN and the infinities are `:nan`, `:infinity` and `:neg_infinity`.
+  """
   @type value :: term
+  @typedoc "What a node gave, by the names of its output ports. A node that was skipped has given `%{}`."
   @type outputs :: %{String.t() => value}
   @typedoc "How one of several nodes ended, for `demand_many/3`."
   @type outcome :: {:ok, outputs} | {:error, Error.t()} | :skipped | :cancelled | :not_started
@@ -151,6 +156,9 @@ defmodule DemandPort do
 
   @doc """
   Takes no new demands and waits for the running ones: `%{"completed" => n, "cancelled" => n}`.
+
+  There is no way back: from now on this service refuses demands as `:draining`, until `restart/2` has put a new one in its
+  place. It goes on answering everything else.
 
   #{Options.docs(:drain)}
   """
@@ -344,6 +352,14 @@ defmodule DemandPort do
 
   @doc """
   Demands a node and returns at once; the messages go to the caller. The demand is cancelled when its receiver dies.
+
+  `{:ok, demand}` says that it is on its way. What the service refuses, an unknown node or a session that is closed, arrives as
+  `:demand_error`, like every other end. `{:error, error}` is what the client sees by itself: there is no connection, too much
+  is open, or the message is too large.
+
+  With `events: true` the demand's own events come as well, `{:node_event, session, event}` with the name of the session
+  (`protocol/SPEC.md`, section 5). Their `"demand_id"`, which the events of `subscribe/2` call `"demand"`, is the number that
+  the connection gave the demand: it tells one demand's events from another's. To know which is whose, give each a `tag`.
 
   No more of its chunks are under way, or wait in the receiver's mailbox, than `credit` says: the service is held back
   while the mailbox holds more. (That of a process on another node cannot be looked into.)
