@@ -5,9 +5,9 @@ defmodule DemandPort.NoPort do
   alias DemandPort.{Delivery, Error}
 
   @doc "The error that says what the name stands for."
-  @spec error(atom, module) :: Error.t()
-  def error(name, DemandPort.Pool), do: refusal(name, "a pool: use DemandPort.Pool")
-  def error(name, DemandPort.Cluster), do: refusal(name, "a cluster: use DemandPort.Cluster")
+  @spec error(atom, :pool | :cluster) :: Error.t()
+  def error(name, :pool), do: refusal(name, "a pool: use DemandPort.Pool")
+  def error(name, :cluster), do: refusal(name, "a cluster: use DemandPort.Cluster")
 
   # It does not become right by being said again.
   defp refusal(name, text), do: Error.new(:bad_message, "#{inspect(name)} is #{text}, or one of its members")

@@ -39,7 +39,7 @@ defmodule DemandPort.Cluster.Member do
     {:noreply, state}
   end
 
-  defp no_port(state), do: NoPort.error(state.scope, DemandPort.Cluster)
+  defp no_port(state), do: NoPort.error(state.scope, :cluster)
 
   @impl true
   def handle_info(:refresh, state), do: {:noreply, state |> refresh_ports(&all_groups/3) |> again()}

@@ -74,7 +74,7 @@ defmodule DemandPort.Pool.Roster do
     {:noreply, state}
   end
 
-  defp no_port(state), do: NoPort.error(state.name, DemandPort.Pool)
+  defp no_port(state), do: NoPort.error(state.name, :pool)
 
   @impl true
   def handle_info({:DOWN, monitor, :process, _, _}, state), do: {:noreply, forget(state, monitor)}
