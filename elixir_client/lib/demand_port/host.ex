@@ -183,7 +183,7 @@ defmodule DemandPort.Host do
 
   @doc false
   # Runs one call in the calling process, which is the call's own, once it is told to begin, and sends the answer.
-  @spec run(t, %{ref: reference}, pid) :: :ok
+  @spec run(t, call :: map, pid) :: :ok
   def run(host, %{ref: ref} = call, connection) do
     inputs = receive do: ({:begin, ^ref, inputs} -> inputs)
     {module, arg} = if is_tuple(host), do: host, else: {host, nil}
