@@ -30,8 +30,15 @@ defmodule DemandPort do
 
   @typedoc "What `start_link/1` started: a pid or a registered name."
   @type port_server :: GenServer.server()
+  @typedoc """
+  A value of a port. What was sent comes back as nil, a boolean, a number, a string or binary, a list, or a map with string
+  keys, where an atom was a key too. Any other term, a tuple, pid, reference or atom, comes back as it was sent. NaN and the infinities are `:nan`, `:infinity` and `:neg_infinity`.
+  """
   @type value :: term
+  @typedoc "What a node gave, by the names of its output ports. A node that was skipped has given `%{}`."
   @type outputs :: %{String.t() => value}
+  @typedoc "How one of several nodes ended, for `demand_many/3`."
+  @type outcome :: {:ok, outputs} | {:error, Error.t()} | :skipped | :cancelled | :not_started
   @typedoc """
   An edit: `{:add_node, node}`, `{:remove_node, id}`, `{:add_edge, edge}`, `{:remove_edge, edge_or_id}`,
   `{:update_node_data, id, data}`, `{:set_input, id, port, value}`, `{:clear_input, id, port}`, `{:invalidate, id}`,
@@ -82,13 +89,16 @@ defmodule DemandPort do
   def health(port, options \\ []), do: ask(port, "health", [], options, :health)
 
   @doc """
-  Checks a graph without opening it: `%{"valid" => boolean, "problems" => list}`.
+  Checks a graph, given as to `open/3`, without opening it: `%{"valid" => boolean, "problems" => list}`.
 
   #{Options.docs(:validate)}
   """
-  @spec validate(port_server, map, keyword) :: {:ok, map} | {:error, Error.t()}
-  def validate(port, graph, options \\ []) when is_map(graph) do
-    ask(port, "validate", [graph], options, :validate)
+  @spec validate(port_server, map | Graph.t() | Path.t(), keyword) :: {:ok, map} | {:error, Error.t()}
+  def validate(port, graph, options \\ []) do
+    options = Options.validate!(options, :validate)
+
+    with {:ok, graph} <- Graph.to_wire(graph),
+         do: Connection.request(port, "validate", [graph], options[:timeout])
   end
 
   @doc """
@@ -146,6 +156,9 @@ defmodule DemandPort do
 
   @doc """
   Takes no new demands and waits for the running ones: `%{"completed" => n, "cancelled" => n}`.
+
+  There is no way back: from now on this service refuses demands as `:draining`, until `restart/2` has put a new one in its
+  place. It goes on answering everything else.
 
   #{Options.docs(:drain)}
   """
@@ -282,10 +295,18 @@ defmodule DemandPort do
 
   @doc """
   Has the session's events sent to the caller, as `{:node_event, session, event}`, until it unsubscribes or dies, or the
-  session is closed, or lost with its service. `event` is a map with `"event"`, `"node"`, `"seq"` and `"time_us"`: `protocol/SPEC.md`, section 10.
+  session is closed, or lost with its service. `session` is the session's name. `event` is a map with `"event"`, `"node"`,
+  `"seq"` and `"time_us"`: `protocol/SPEC.md`, section 10.
 
-  Who comes back says `since:` with the number after the last one it had, and misses nothing that is still kept. After a
-  restart of the service the numbers of a restored session begin at 0 again.
+  Who comes back says `since:` with the number after the last one it had, and misses nothing that is still kept.
+
+  Two events are not the service's but made by this client. They come whatever `kinds:` says, and have nil for `"seq"`:
+
+  * `"session_closed"`, the last one: the session was closed, and `"error"` is nil; or it was lost, with its service or with the
+    connection, and `"error"` is why, a map with `"code"` and `"message"` as in other events.
+  * `"session_restored"`: a session that was opened with `restore: true` goes on in a new service, whose numbers begin at 0.
+
+  A connection that is killed says nothing: who must know monitors it, by the pid of `GenServer.whereis(session.server)`.
 
   #{Options.docs(:subscribe)}
   """
@@ -332,6 +353,14 @@ defmodule DemandPort do
   @doc """
   Demands a node and returns at once; the messages go to the caller. The demand is cancelled when its receiver dies.
 
+  `{:ok, demand}` says that it is on its way. What the service refuses, an unknown node or a session that is closed, arrives as
+  `:demand_error`, like every other end. `{:error, error}` is what the client sees by itself: there is no connection, too much
+  is open, or the message is too large.
+
+  With `events: true` the demand's own events come as well, `{:node_event, session, event}` with the name of the session
+  (`protocol/SPEC.md`, section 5). Their `"demand_id"`, which the events of `subscribe/2` call `"demand"`, is the number that
+  the connection gave the demand: it tells one demand's events from another's. To know which is whose, give each a `tag`.
+
   No more of its chunks are under way, or wait in the receiver's mailbox, than `credit` says: the service is held back
   while the mailbox holds more. (That of a process on another node cannot be looked into.)
 
@@ -369,14 +398,22 @@ defmodule DemandPort do
   #{Options.docs(:demand_many)}
   """
   @spec demand_many(Session.t(), [String.t()], keyword) ::
-          {:ok, [{String.t(), {:ok, outputs} | {:error, Error.t()} | :skipped | :cancelled | :not_started}]}
-          | {:error, Error.t()}
-  def demand_many(session, nodes, options \\ [])
-  def demand_many(%Session{}, [], _options), do: {:ok, []}
-
-  def demand_many(%Session{} = session, [_ | _] = nodes, options) do
+          {:ok, [{String.t(), outcome}]} | {:error, Error.t()}
+  def demand_many(%Session{} = session, nodes, options \\ []) when is_list(nodes) do
     options = Options.validate!(options, :demand_many)
 
+    case Enum.reject(nodes, &is_binary/1) do
+      [] ->
+        outcomes(session, nodes, options)
+
+      [odd | _] ->
+        raise ArgumentError, "a node of DemandPort.demand_many must be a string; got: #{inspect(odd)}"
+    end
+  end
+
+  defp outcomes(_session, [], _options), do: {:ok, []}
+
+  defp outcomes(session, nodes, options) do
     more =
       for {name, value} <- Keyword.take(options, [:mode, :limit]), into: %{}, do: {"#{name}", plain(value)}
 
@@ -435,35 +472,47 @@ defmodule DemandPort do
 
   ## With an exclamation mark
 
-  for {name, arities} <- [
-        open: 2..3,
-        edit: 2..3,
-        set_input: 4..5,
-        clear_input: 3..4,
-        answer: 3..4,
-        get_output: 3..4,
-        snapshot: 1..2,
-        close: 1..2,
-        subscribe: 1..2,
-        demand: 2..3,
-        demand_async: 2..3,
-        demand_many: 2..3,
-        models: 1..2,
-        load_model: 2..3,
-        unload_model: 2..3,
-        node_types: 1..2,
-        validate: 2..3,
-        health: 1..2,
-        info: 1..2,
-        drain: 1..2,
-        restart: 1..2
-      ],
-      arity <- arities do
-    arguments = Macro.generate_arguments(arity, __MODULE__)
-    @doc "As `#{name}/#{arity}`, but returns the result alone, and raises the error."
-    @spec unquote(:"#{name}!")(unquote_splicing(List.duplicate({:term, [], []}, arity))) :: term
-    def unquote(:"#{name}!")(unquote_splicing(arguments)) do
-      unquote(name)(unquote_splicing(arguments)) |> unwrap()
+  # Each takes options last.
+  with_mark =
+    quote do
+      [
+        ping(port :: port_server) :: :pong,
+        health(port :: port_server) :: map,
+        info(port :: port_server) :: map,
+        validate(port :: port_server, graph :: map | Graph.t() | Path.t()) :: map,
+        node_types(port :: port_server) :: [map],
+        models(port :: port_server) :: [map],
+        load_model(port :: port_server, model :: String.t()) :: map,
+        unload_model(port :: port_server, model :: String.t() | %{String.t() => term}) :: boolean,
+        drain(port :: port_server) :: map,
+        restart(port :: port_server) :: :ok,
+        open(port :: port_server, graph :: map | Graph.t() | Path.t()) :: Session.t(),
+        close(session :: Session.t()) :: :ok,
+        snapshot(session :: Session.t()) :: map,
+        edit(session :: Session.t(), operations :: operation | [operation]) :: [String.t()],
+        set_input(session :: Session.t(), node :: String.t(), port :: String.t(), value :: value) :: [
+          String.t()
+        ],
+        clear_input(session :: Session.t(), node :: String.t(), port :: String.t()) :: [String.t()],
+        answer(session :: Session.t(), node :: String.t(), value :: value) :: [String.t()],
+        get_output(session :: Session.t(), node :: String.t(), port :: String.t()) ::
+          value | :absent | :skipped,
+        subscribe(session :: Session.t()) :: %{first: non_neg_integer, next: non_neg_integer},
+        unsubscribe(session :: Session.t()) :: :ok,
+        demand(session :: Session.t(), node :: String.t()) :: outputs,
+        demand_async(session :: Session.t(), node :: String.t()) :: Demand.t(),
+        demand_many(session :: Session.t(), nodes :: [String.t()]) :: [{String.t(), outcome}]
+      ]
+    end
+
+  for {:"::", _, [{name, _, parameters}, result]} <- with_mark do
+    {arguments, types} =
+      Enum.unzip(for {:"::", _, [{name, _, _}, type]} <- parameters, do: {Macro.var(name, nil), type})
+
+    @doc "As `#{name}/#{length(arguments) + 1}`, but returns the result alone, and raises the error."
+    @spec unquote(:"#{name}!")(unquote_splicing(types), keyword) :: unquote(result)
+    def unquote(:"#{name}!")(unquote_splicing(arguments), options \\ []) do
+      unquote(name)(unquote_splicing(arguments), options) |> unwrap()
     end
   end
 

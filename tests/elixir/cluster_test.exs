@@ -400,6 +400,26 @@ defmodule DemandPort.ClusterTest do
     end
   end
 
+  test "whose name is taken for a port's says what it is, and nothing dies" do
+    there = peer(:a)
+    before = Process.whereis(@scope)
+    {:ok, session} = Cluster.open(@scope, @graph)
+
+    answers = [
+      DemandPort.open(@scope, @graph),
+      DemandPort.ping(@scope),
+      DemandPort.demand(%{session | server: @scope}, "echo")
+    ]
+
+    for answer <- answers do
+      assert {:error, %Error{code: :bad_message, retryable: false, message: message}} = answer
+      assert message =~ "#{inspect(@scope)} is a cluster: use DemandPort.Cluster"
+    end
+
+    assert Process.whereis(@scope) == before
+    assert Cluster.members(@scope) == [there.server]
+  end
+
   @tag :service
   test "with real services and a model" do
     [a, b] = [peer(:a, port: []), peer(:b, port: [])]

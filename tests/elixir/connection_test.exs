@@ -246,6 +246,11 @@ defmodule DemandPort.ConnectionTest do
     test "without a Python fails at once" do
       Process.flag(:trap_exit, true)
       assert {:error, %Error{code: :backend_unavailable}} = DemandPort.start_link(python: "no-such-python")
+
+      assert {:error, %Error{code: :backend_unavailable} = error} =
+               DemandPort.start_link(cd: "/no/such/folder")
+
+      assert error.message =~ ~s(no folder "/no/such/folder"; set the option :cd)
     end
 
     test "under a name answers to it" do

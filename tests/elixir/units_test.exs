@@ -206,11 +206,24 @@ defmodule DemandPort.UnitsTest do
           state -> elem(Subscriptions.add(state, session, pid, since: 7), 1)
         end
 
-      state = Subscriptions.restarted(state, ["s"], [{"t", other}])
+      error = Error.new(:backend_unavailable, "gone", retryable: true)
+      state = Subscriptions.restarted(state, ["s"], [{"t", other}], error)
+      assert_received {:node_event, "t", %{"event" => "session_closed", "seq" => nil, "error" => error}}
+      assert %{"code" => "backend_unavailable", "message" => "gone", "retryable" => true} = error
       assert %{"s" => %{} = s, "t" => %{} = t} = state.sessions
       assert [{me, %{at: 0}}] = Map.to_list(s)
       assert [{^other, %{at: 7}}] = Map.to_list(t)
       assert me == self()
+      refute_received _
+
+      # Those who wait are told of the service that they come to by the reply.
+      state =
+        state |> Subscriptions.restored("s") |> Subscriptions.restored("t") |> Subscriptions.restored("s")
+
+      assert_received {:node_event, "s", %{"event" => "session_restored", "error" => nil}}
+      refute_received _
+      assert Subscriptions.close(state, "s", nil).sessions == Map.delete(state.sessions, "s")
+      assert_received {:node_event, "s", %{"event" => "session_closed", "error" => nil}}
     end
   end
 
@@ -250,6 +263,18 @@ defmodule DemandPort.UnitsTest do
       end
     end
 
+    test "those that do not go together are refused by name" do
+      to = {Registry, :topics, "room"}
+
+      for other <- [tag: :x, to: self()] do
+        message =
+          assert_raise(ArgumentError, fn -> Options.validate!([other, broadcast: to], :demand_async) end).message
+
+        assert message =~
+                 "options #{inspect(elem(other, 0))} and :broadcast of DemandPort.demand_async do not go together"
+      end
+    end
+
     test "defaults are put in, and what is given wins" do
       assert Options.validate!([], :ping) == [timeout: 30_000]
       assert Options.validate!([timeout: :infinity], :ping)[:timeout] == :infinity
@@ -265,6 +290,30 @@ defmodule DemandPort.UnitsTest do
         assert Options.docs(function) =~ "* `:"
       end
     end
+  end
+
+  test "functions with an exclamation mark have the arguments and types of those without" do
+    {:docs_v1, _, _, _, _, _, docs} = Code.fetch_docs(DemandPort)
+
+    arguments =
+      for {{:function, name, arity}, _, [signature], _, _} <- docs, do: {{"#{name}", arity}, signature}
+
+    arguments = Map.new(arguments)
+
+    marked =
+      for {{name, arity}, signature} <- arguments, String.ends_with?(name, "!"), do: {name, arity, signature}
+
+    assert length(marked) > 20
+
+    for {name, arity, signature} <- marked do
+      plain = String.trim_trailing(name, "!")
+      assert signature == String.replace_prefix(arguments[{plain, arity}], plain, name)
+    end
+
+    {:ok, specs} = Code.Typespec.fetch_specs(DemandPort)
+    [spec] = Map.new(specs)[{:open!, 3}]
+    text = :open! |> Code.Typespec.spec_to_quoted(spec) |> Macro.to_string()
+    assert text =~ "keyword()) :: DemandPort.Session.t()"
   end
 
   describe "launch" do

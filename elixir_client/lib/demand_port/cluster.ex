@@ -85,15 +85,27 @@ defmodule DemandPort.Cluster do
   @spec start_link(keyword) :: Supervisor.on_start()
   def start_link(options) do
     options = Options.validate!(options, :"Cluster.start_link")
+
+    with {:ok, ports} <- ports(options), do: start_link(options, ports)
+  end
+
+  defp ports(options) do
+    case options[:pool] && Pool.members(options[:pool]) do
+      nil -> {:ok, options[:ports]}
+      {:error, error} -> {:error, error}
+      members -> {:ok, options[:ports] ++ members}
+    end
+  end
+
+  defp start_link(options, ports) do
     scope = options[:scope]
-    pooled = if options[:pool], do: Pool.members(options[:pool]), else: []
     member = Keyword.take(options, [:scope, :offers, :refresh_ms])
 
     # Without the scope's process, the groups are empty: the member joins again after it. What is open stays.
     children = [
       {Task.Supervisor, name: leases(scope)},
-      %{id: :pg, start: {:pg, :start_link, [scope]}},
-      {Member, member ++ [name: member(scope), ports: options[:ports] ++ pooled, timeout: @models_ms]}
+      %{id: :pg, start: {:pg, :start_link, [groups(scope)]}},
+      {Member, member ++ [groups: groups(scope), ports: ports, timeout: @models_ms]}
     ]
 
     Supervisor.start_link(children, strategy: :rest_for_one, name: Module.concat(scope, "Supervisor"))
@@ -104,7 +116,7 @@ defmodule DemandPort.Cluster do
   `refresh_ms`. Worth a call after `DemandPort.load_model/3`.
   """
   @spec refresh(scope) :: :ok
-  def refresh(scope), do: Member.refresh(member(scope))
+  def refresh(scope), do: Member.refresh(scope)
 
   @doc """
   The ports of the cluster that this node knows of, as pids; `model` and `offer` leave only those that have it.
@@ -231,7 +243,7 @@ defmodule DemandPort.Cluster do
   defp loaded(scope, options) do
     case options[:model] do
       nil -> []
-      model -> scope |> :pg.get_members({:model, model}) |> among(scope, options)
+      model -> scope |> groups() |> :pg.get_members({:model, model}) |> among(scope, options)
     end
   end
 
@@ -247,8 +259,8 @@ defmodule DemandPort.Cluster do
 
   defp offering(scope, options) do
     case Keyword.fetch(options, :offer) do
-      {:ok, offer} -> :pg.get_members(scope, {:offer, offer})
-      :error -> :pg.get_members(scope, :ports)
+      {:ok, offer} -> :pg.get_members(groups(scope), {:offer, offer})
+      :error -> :pg.get_members(groups(scope), :ports)
     end
   end
 
@@ -273,5 +285,6 @@ defmodule DemandPort.Cluster do
   end
 
   defp leases(scope), do: Module.concat(scope, "Leases")
-  defp member(scope), do: Module.concat(scope, "Member")
+  # The scope of :pg. The cluster's own name is its member's.
+  defp groups(scope), do: Module.concat(scope, "Groups")
 end

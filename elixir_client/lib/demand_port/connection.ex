@@ -244,6 +244,11 @@ defmodule DemandPort.Connection do
 
   defp common({:call, from}, :info, data), do: {:keep_state, data, {:reply, from, {:ok, about(data)}}}
 
+  defp common({:call, from}, _for_a_pool_or_cluster, data) do
+    error = Error.new(:bad_message, "this is one port, and no pool or cluster: use DemandPort")
+    {:keep_state, data, {:reply, from, {:error, error}}}
+  end
+
   defp common(:cast, {:demand, delivery}, data) do
     case open_demand(data, delivery) do
       {:ok, data} ->
@@ -347,6 +352,9 @@ defmodule DemandPort.Connection do
       fail(owner, error)
     end)
 
+    for name <- Subscriptions.sessions(data.subscriptions),
+        do: Subscriptions.close(data.subscriptions, name, error)
+
     reply_all(data.restarting, {:error, error})
     if data.port, do: close(data.port)
   end
@@ -407,7 +415,7 @@ defmodule DemandPort.Connection do
         info: nil,
         protocol: Protocol.restarted(data.protocol, kept),
         hosts: HostCalls.restarted(data.hosts, sessions),
-        subscriptions: Subscriptions.restarted(data.subscriptions, sessions, subscribing)
+        subscriptions: Subscriptions.restarted(data.subscriptions, sessions, subscribing, error)
     }
   end
 
@@ -532,6 +540,9 @@ defmodule DemandPort.Connection do
     {:keep_state, data}
   end
 
+  defp replied({:restored, session}, {:ok, _}, data),
+    do: {:keep_state, %{data | subscriptions: Subscriptions.restored(data.subscriptions, session)}}
+
   defp replied({:restored, session}, {:error, error}, data),
     do: {:keep_state, not_restored(data, session, error)}
 
@@ -566,7 +577,7 @@ defmodule DemandPort.Connection do
     %{data | sessions: Map.update!(data.sessions, name, &Restore.edited(&1, operations))}
   end
 
-  defp noted({:closed, name}, {:ok, _}, data), do: forget_session(data, name)
+  defp noted({:closed, name}, {:ok, _}, data), do: forget_session(data, name, nil)
 
   defp noted({:subscribed, session, subscriber}, {:error, _}, data),
     do: unsubscribe(data, session, subscriber)
@@ -586,17 +597,16 @@ defmodule DemandPort.Connection do
   defp close_session_of(data, name),
     do: send_own(data, {:closing, name}, &Protocol.request(&1, "close", [name]))
 
-  defp forget_session(data, name) do
-    {subscribers, subscriptions} = Subscriptions.close(data.subscriptions, name)
+  defp forget_session(data, name, error) do
     kept = for {monitor, ^name} <- data.keepers, do: monitor
-    Enum.each(subscribers ++ kept, &Process.demonitor(&1, [:flush]))
+    Enum.each(kept, &Process.demonitor(&1, [:flush]))
 
     %{
       data
       | keepers: Map.drop(data.keepers, kept),
         sessions: Map.delete(data.sessions, name),
         open: MapSet.delete(data.open, name),
-        subscriptions: subscriptions,
+        subscriptions: Subscriptions.close(data.subscriptions, name, error),
         hosts: HostCalls.closed(data.hosts, name)
     }
   end
@@ -624,7 +634,7 @@ defmodule DemandPort.Connection do
 
   defp not_restored(data, session, error) do
     warn("the session #{session} could not be restored: #{Exception.message(error)}")
-    forget_session(data, session)
+    forget_session(data, session, error)
   end
 
   # A new service counts from 0 again.
