@@ -13,7 +13,7 @@ port =
     :exit_status,
     packet: 4,
     args: ["-m", "demandport", "serve", "--codec", "etf"],
-    env: [{'PYTHONPATH', to_charlist(path)}]
+    env: [{~c"PYTHONPATH", to_charlist(path)}]
   ])
 
 next = fn ->

@@ -47,20 +47,26 @@ defmodule Example.Nodes do
   end
 
   def start(name, {:module, keeper, binary, _}) do
-    paths = Enum.flat_map(:code.get_path(), &['-pa', &1])
+    paths = Enum.flat_map(:code.get_path(), &[~c"-pa", &1])
 
     {:ok, peer, node} =
       :peer.start_link(%{
         name: :"#{name}_#{System.pid()}",
-        host: '127.0.0.1',
+        host: ~c"127.0.0.1",
         longnames: true,
         connection: :standard_io,
-        args: ['-setcookie', Atom.to_charlist(Node.get_cookie()), '-kernel', 'logger_level', 'none' | paths]
+        args: [
+          ~c"-setcookie",
+          Atom.to_charlist(Node.get_cookie()),
+          ~c"-kernel",
+          ~c"logger_level",
+          ~c"none" | paths
+        ]
       })
 
     # This script is no file that the other could load a module from.
     {:ok, _} = :peer.call(peer, :application, :ensure_all_started, [:elixir])
-    {:module, _} = :peer.call(peer, :code, :load_binary, [keeper, 'nofile', binary])
+    {:module, _} = :peer.call(peer, :code, :load_binary, [keeper, ~c"nofile", binary])
     :ok = :peer.call(peer, keeper, :run, [children()])
     true = Node.connect(node)
     node

@@ -632,6 +632,13 @@ defmodule DemandPort.DyingTest do
   end
 
   describe "a start" do
+    test "of a service that cannot run says who knows why" do
+      Process.flag(:trap_exit, true)
+      {:ok, port} = DemandPort.start_link(args: ["-c", "import sys; sys.exit(3)"], max_restarts: 0)
+      assert_receive {:EXIT, ^port, {:shutdown, %Error{code: :backend_unavailable, message: message}}}, @wait
+      assert message =~ "exit status 3" and message =~ "mix demand_port.doctor"
+    end
+
     test "that takes too long ends the service, also one that is stopped" do
       port = own(fake_options("mute", start_timeout_ms: 300, max_restarts: 0))
       monitor = Process.monitor(port)

@@ -387,7 +387,12 @@ defmodule DemandPort.TasksTest do
     end
 
     test "the step says what is missing", %{folder: folder} do
-      release = %{options: [demand_port_venv: folder], path: folder, applications: %{demand_port: [vsn: '1']}}
+      release = %{
+        options: [demand_port_venv: folder],
+        path: folder,
+        applications: %{demand_port: [vsn: ~c"1"]}
+      }
+
       error = assert_raise RuntimeError, fn -> DemandPort.Release.pack_venv(release) end
       assert error.message == "there is no virtual environment #{folder}: run mix demand_port.install"
       empty = %{release | options: [demand_port_venv: bare_venv(folder)]}

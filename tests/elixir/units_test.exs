@@ -323,8 +323,8 @@ defmodule DemandPort.UnitsTest do
 
     test "the search path is put before what was there" do
       env = Launch.env(env: [{"PYTHONPATH", "/there"}, {"GONE", nil}], python_path: "/here") |> Map.new()
-      assert env['PYTHONPATH'] == '/here:/there'
-      assert env['GONE'] == false
+      assert env[~c"PYTHONPATH"] == ~c"/here:/there"
+      assert env[~c"GONE"] == false
     end
   end
 end

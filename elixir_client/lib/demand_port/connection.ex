@@ -301,7 +301,7 @@ defmodule DemandPort.Connection do
   end
 
   defp common(:info, {port, {:exit_status, status}}, %{port: port} = data) do
-    lost(unavailable("the service ended with exit status #{status}"), data)
+    lost(unavailable("the service ended with exit status #{status}#{advice(data)}"), data)
   end
 
   defp common(:info, {:EXIT, port, reason}, %{port: port} = data) do
@@ -366,6 +366,9 @@ defmodule DemandPort.Connection do
   end
 
   ## Losing the service, and the next one
+
+  defp advice(%{info: nil}), do: " before it was ready; `mix demand_port.doctor` says what is wrong"
+  defp advice(_data), do: ""
 
   # It is there and does not do what it should in its time.
   defp kill(text, data) do

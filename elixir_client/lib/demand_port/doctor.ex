@@ -194,7 +194,9 @@ defmodule DemandPort.Doctor do
   end
 
   defp looked(options) do
-    {'PYTHONPATH', path} = options |> Launch.env() |> List.keyfind('PYTHONPATH', 0, {'PYTHONPATH', ''})
+    {~c"PYTHONPATH", path} =
+      options |> Launch.env() |> List.keyfind(~c"PYTHONPATH", 0, {~c"PYTHONPATH", ~c""})
+
     own = Launch.package_folder(options)
 
     case String.split("#{path}", ":", trim: true) -- [own && Path.expand(own)] do

@@ -3,7 +3,7 @@ defmodule DemandPort.Json do
   # Reads JSON (RFC 8259), since graphs are JSON files and this library has no dependency. Strict: a key that comes
   # twice and numbers that no float holds are refused.
 
-  @spaces ' \t\r\n'
+  @spaces ~c" \t\r\n"
 
   @type value :: nil | boolean | number | String.t() | [value] | %{String.t() => value}
 
@@ -74,7 +74,7 @@ defmodule DemandPort.Json do
 
   defp string("\"" <> rest, parts), do: {parts |> Enum.reverse() |> IO.iodata_to_binary(), rest}
   defp string("\\u" <> rest, parts), do: unicode(rest, parts)
-  defp string(<<?\\, c, rest::binary>>, parts) when c in '"\\/', do: string(rest, [c | parts])
+  defp string(<<?\\, c, rest::binary>>, parts) when c in ~c"\"\\/", do: string(rest, [c | parts])
   defp string("\\b" <> rest, parts), do: string(rest, [?\b | parts])
   defp string("\\f" <> rest, parts), do: string(rest, [?\f | parts])
   defp string("\\n" <> rest, parts), do: string(rest, [?\n | parts])

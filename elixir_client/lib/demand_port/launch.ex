@@ -28,7 +28,7 @@ defmodule DemandPort.Launch do
   @spec kill(port) :: :ok
   def kill(port) do
     # By the shell, which has `kill` in itself; there may be no program of that name.
-    with {:os_pid, os_pid} <- Port.info(port, :os_pid), do: :os.cmd('kill -KILL #{os_pid}')
+    with {:os_pid, os_pid} <- Port.info(port, :os_pid), do: :os.cmd(~c"kill -KILL #{os_pid}")
     :ok
   end
 

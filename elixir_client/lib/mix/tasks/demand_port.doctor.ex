@@ -31,6 +31,8 @@ defmodule Mix.Tasks.DemandPort.Doctor do
     if rest != [], do: Mix.raise("demand_port.doctor takes options only, not #{Enum.join(rest, " ")}")
     # config :demand_port, :python may stand in runtime.exs
     Mix.Task.run("app.config")
+    # Where the project has it, a service that is tried here tells it, too.
+    Application.ensure_all_started(:telemetry)
 
     findings =
       options |> Keyword.update(:extras, [], &Venv.extras!/1) |> with_own_nodes() |> Doctor.findings()
