@@ -26,8 +26,9 @@ defmodule DemandPort.Relay do
 
   # The window of a demand that says nothing of it; the connection's own default is not known here.
   @window 64
-  # How often the mailbox of a consumer is looked into that holds all it may.
-  @look_again_ms 10
+  # How soon a consumer's mailbox is looked into again that was too full for more credit: at first, and at most.
+  @look_again_ms 1
+  @look_at_most_ms 10
 
   @typedoc """
   Opens the graph for `owner`, somewhere that is not among those tried already, or says where that failed. The session is
@@ -43,6 +44,7 @@ defmodule DemandPort.Relay do
   # tried:     servers that had the demand already
   # retries:   how often it may be opened again
   # release:   gives back the session at hand
+  # looking:   a look into the mailbox is to come; pause: how long the next one after it is put off
   defstruct [
     :delivery,
     :credit,
@@ -53,6 +55,7 @@ defmodule DemandPort.Relay do
     retries: 0,
     streamed: false,
     looking: false,
+    pause: @look_again_ms,
     monitors: %{}
   ]
 
@@ -219,9 +222,14 @@ defmodule DemandPort.Relay do
   defp forward({:demand_error, _, error}, relay), do: failed(error, relay)
 
   defp give(%{at: {:running, server, ref, _}} = relay) do
-    {grant, credit} = grant(relay)
-    if grant > 0, do: Connection.consumed(server, ref, grant)
-    look_again(%{relay | credit: credit})
+    case grant(relay) do
+      {0, _credit} ->
+        look_again(relay)
+
+      {grant, credit} ->
+        Connection.consumed(server, ref, grant)
+        look_again(%{relay | credit: credit, pause: @look_again_ms})
+    end
   end
 
   defp give(relay), do: relay
@@ -230,14 +238,17 @@ defmodule DemandPort.Relay do
     if Credit.due?(credit), do: Credit.grant(credit, Delivery.backlog(delivery)), else: {0, credit}
   end
 
-  defp look_again(relay) do
-    if Credit.exhausted?(relay.credit) and not relay.looking do
-      Process.send_after(self(), :look, @look_again_ms)
-      %{relay | looking: true}
+  # Also while the service may still send: what it sends is a whole way off, and so is what this grants.
+  defp look_again(%{looking: false, pause: pause} = relay) do
+    if Credit.due?(relay.credit) do
+      Process.send_after(self(), :look, pause)
+      %{relay | looking: true, pause: min(2 * pause, @look_at_most_ms)}
     else
       relay
     end
   end
+
+  defp look_again(relay), do: relay
 
   ## The end
 
