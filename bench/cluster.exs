@@ -164,8 +164,6 @@ defmodule Bench.Cluster.Main do
       "from the kill of a node to the error at a caller",
       "#{Float.round(median(for _ <- 1..9, do: kill(start)), 1)} ms"
     )
-
-    File.rm_rf!(folder)
   end
 end
 

@@ -6,7 +6,7 @@ defmodule Bench.Hop do
 
   @doc "A folder with the benchmark's node types, as an installed package has them."
   def node_types do
-    folder = Path.join(System.tmp_dir!(), "demand_port_bench_#{System.pid()}")
+    folder = Path.join(Mix.Project.build_path(), "bench_nodes")
     info = Path.join(folder, "bench_nodes-0.dist-info")
     File.mkdir_p!(info)
     File.cp!(Path.join(__DIR__, "bench_nodes.py"), Path.join(folder, "bench_nodes.py"))

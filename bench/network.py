@@ -2,18 +2,19 @@
 
     python bench/network.py HOSTS
 
-Each host is a namespace with an address, 10.77.0.1 and so on, on a TUN device. A program runs there by `ip netns exec NAME
-PROGRAM`, as on a machine of its own, with its own ports and its own loopback interface. Between the hosts, packets take as long
-as is said, get lost as is said, or do not pass at all. Those of one host to another stay in order.
+Each host is a namespace with an address, 10.77.0.1 and so on, on a TUN device. What `ip netns exec NAME PROGRAM` starts
+runs there as on a machine of its own, with its own ports and its own loopback interface. Between hosts, packets take as
+long as is said, get lost as is said, or do not pass at all. Those of one host to another stay in order.
 
 It writes `ready NAME…`, then takes lines from stdin and answers each, with `ok` or `error TEXT`:
 
-    link DELAY JITTER LOSS RATE    of every cable: seconds one way; seconds more, at random, at most; the part of the packets
-                                   that is lost; bits a second that a host can send, 0 for no limit
+    link DELAY JITTER LOSS RATE    of every cable: seconds one way; seconds more, at random, at most; the part of the
+                                   packets that is lost; bits a second that a host can send, 0 for no limit
     cut HOST [OTHER]               nothing passes to and from this host, or between these two
     mend                           all that was cut is whole again
+    end
 
-When stdin ends, or by SIGINT or SIGTERM, every process on the hosts is killed and nothing is left of them.
+At the end, also of stdin, or by SIGINT or SIGTERM, every process on the hosts is killed, and nothing is left.
 Needs Linux, root and iproute2.
 """
 
@@ -41,6 +42,7 @@ MTU = 1500
 BUFFER_S = 0.05
 # Packets of one host that are read before the others have their turn.
 BATCH = 64
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 
@@ -167,7 +169,7 @@ class Cables:
         return None
 
     def _deliver(self, source: int, target: int, packet: bytes) -> None:
-        if self.cut and not self.cut.isdisjoint(({source}, {target}, {source, target})):
+        if any(ends <= {source, target} for ends in self.cut):
             return
         with contextlib.suppress(OSError):  # full, or down: the packet is lost
             os.write(self._devices[target], packet)
@@ -190,15 +192,15 @@ class Network:
         self._selector.register(sys.stdin, selectors.EVENT_READ)
 
     def run(self) -> None:
-        """Carry packets until stdin ends."""
+        """Carry packets until the end is said, or stdin ends."""
         while True:
             for key, _ in self._selector.select(self._cables.deliver()):
                 if key.data is not None:
                     self._cables.read(key.data)
-                elif line := os.read(0, 4096).decode():
-                    print(self._told(line), flush=True)
-                else:
+                elif (line := sys.stdin.buffer.raw.readline().decode()) in ("", "end\n"):
                     return
+                else:
+                    print(self._told(line), flush=True)
 
     def _told(self, line: str) -> str:
         try:
@@ -231,7 +233,7 @@ def main(count: int) -> None:
     """Make so many hosts, and carry their packets until stdin ends."""
     if what := missing():
         sys.exit(f"a network of several hosts needs {what}")
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDING:
         signal.signal(number, lambda *_: sys.exit(1))
     for name in stale():
         remove(name)
@@ -244,6 +246,8 @@ def main(count: int) -> None:
         print("ready", *namespaces.names, flush=True)
         Network(devices).run()
     finally:
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
         namespaces.remove()
 
 
