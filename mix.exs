@@ -25,7 +25,7 @@ defmodule DemandPort.MixProject do
   defp package do
     [
       files:
-        ~w(elixir_client/lib python protocol/SPEC.md docs mix.exs .formatter.exs) ++
+        ~w(elixir_client/lib python protocol/SPEC.md docs livebook mix.exs .formatter.exs) ++
           ~w(README.md ARCHITECTURE.md CHANGELOG.md LICENSE),
       exclude_patterns: [~r/__pycache__/],
       licenses: ["Apache-2.0"],
@@ -36,7 +36,9 @@ defmodule DemandPort.MixProject do
     ]
   end
 
-  defp extras, do: ["README.md", "CHANGELOG.md", "protocol/SPEC.md" | Path.wildcard("docs/*.md")]
+  defp extras do
+    ["README.md", "CHANGELOG.md", "protocol/SPEC.md" | Path.wildcard("{docs,livebook}/*.{md,livemd}")]
+  end
 
   def application, do: [extra_applications: [:logger]]
 

@@ -125,7 +125,7 @@ defmodule Bench.Cluster.Main do
 
     for size <- [10, 1_000, 10_000] do
       new = for _ <- 1..(size - length(Cluster.members(table))), do: spawn(&stand_in/0)
-      :ok = :pg.join(table, :ports, new)
+      :ok = :pg.join(Module.concat(table, "Groups"), :ports, new)
 
       cell.(
         "choice among #{whole(size)} ports, no hop",
@@ -135,9 +135,11 @@ defmodule Bench.Cluster.Main do
 
     cell.("look at a port's models, nothing changed", us(200, fn -> Cluster.refresh(scope()) end))
 
+    groups = Module.concat(scope(), "Groups")
+
     change = fn ->
-      :ok = :pg.join(scope(), {:model, "some-model.gguf"}, Process.whereis(port()))
-      :ok = :pg.leave(scope(), {:model, "some-model.gguf"}, Process.whereis(port()))
+      :ok = :pg.join(groups, {:model, "some-model.gguf"}, Process.whereis(port()))
+      :ok = :pg.leave(groups, {:model, "some-model.gguf"}, Process.whereis(port()))
     end
 
     cell.("a change told to the scope (two of them: a model is loaded, unloaded)", us(200, change))

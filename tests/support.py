@@ -327,7 +327,8 @@ class ServiceProcess:
             if message[0] == "part":
                 _, number, last, piece = message
                 self.part_numbers.append(number)
-                self.parts.setdefault(number, bytearray()).extend(piece)
+                # In ETF text and bytes are one type.
+                self.parts.setdefault(number, bytearray()).extend(piece.encode() if isinstance(piece, str) else piece)
                 if not last:
                     continue
                 whole = bytes(self.parts.pop(number))
@@ -354,7 +355,7 @@ class ServiceProcess:
         return self.until(
             lambda m: (
                 (m[0] in ("ok", "error") and m[1] == id)
-                or (kind == "demand" and m[0].startswith("demand_") and m[3] == id)
+                or (kind.startswith("demand") and m[0].startswith("demand_") and m[3] == id)
             )
         )[-1]
 

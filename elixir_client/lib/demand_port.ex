@@ -26,12 +26,19 @@ defmodule DemandPort do
   the others are to be opened anew. Functions with a `!` return the result alone, and raise the error.
   """
 
-  alias DemandPort.{Connection, Delivery, Demand, Error, Graph, Host, Options, Relay, Restore, Session}
+  alias DemandPort.{Connection, Delivery, Demand, Error, Graph, Host, Inbox, Options, Relay, Restore, Session}
 
   @typedoc "What `start_link/1` started: a pid or a registered name."
   @type port_server :: GenServer.server()
+  @typedoc """
+  A value of a port. What was sent comes back as nil, a boolean, a number, a string or binary, a list, or a map with string
+  keys, where an atom was a key too. Any other term, a tuple, pid, reference or atom, comes back as it was sent. NaN and the infinities are `:nan`, `:infinity` and `:neg_infinity`.
+  """
   @type value :: term
+  @typedoc "What a node gave, by the names of its output ports. A node that was skipped has given `%{}`."
   @type outputs :: %{String.t() => value}
+  @typedoc "How one of several nodes ended, for `demand_many/3`."
+  @type outcome :: {:ok, outputs} | {:error, Error.t()} | :skipped | :cancelled | :not_started
   @typedoc """
   An edit: `{:add_node, node}`, `{:remove_node, id}`, `{:add_edge, edge}`, `{:remove_edge, edge_or_id}`,
   `{:update_node_data, id, data}`, `{:set_input, id, port, value}`, `{:clear_input, id, port}`, `{:invalidate, id}`,
@@ -82,13 +89,16 @@ defmodule DemandPort do
   def health(port, options \\ []), do: ask(port, "health", [], options, :health)
 
   @doc """
-  Checks a graph without opening it: `%{"valid" => boolean, "problems" => list}`.
+  Checks a graph, given as to `open/3`, without opening it: `%{"valid" => boolean, "problems" => list}`.
 
   #{Options.docs(:validate)}
   """
-  @spec validate(port_server, map, keyword) :: {:ok, map} | {:error, Error.t()}
-  def validate(port, graph, options \\ []) when is_map(graph) do
-    ask(port, "validate", [graph], options, :validate)
+  @spec validate(port_server, map | Graph.t() | Path.t(), keyword) :: {:ok, map} | {:error, Error.t()}
+  def validate(port, graph, options \\ []) do
+    options = Options.validate!(options, :validate)
+
+    with {:ok, graph} <- Graph.to_wire(graph),
+         do: Connection.request(port, "validate", [graph], options[:timeout])
   end
 
   @doc """
@@ -147,6 +157,9 @@ defmodule DemandPort do
   @doc """
   Takes no new demands and waits for the running ones: `%{"completed" => n, "cancelled" => n}`.
 
+  There is no way back: from now on this service refuses demands as `:draining`, until `restart/2` has put a new one in its
+  place. It goes on answering everything else.
+
   #{Options.docs(:drain)}
   """
   @spec drain(port_server, keyword) :: {:ok, map} | {:error, Error.t()}
@@ -155,8 +168,6 @@ defmodule DemandPort do
     # The service cancels what is left at its own timeout, and is given some time to say so.
     Connection.request(port, "drain", [timeout_ms], timeout_ms + 5_000)
   end
-
-  ## Sessions
 
   @doc """
   Starts a new service in the place of this one, losing nothing: what runs is finished, what is asked meanwhile waits
@@ -284,10 +295,18 @@ defmodule DemandPort do
 
   @doc """
   Has the session's events sent to the caller, as `{:node_event, session, event}`, until it unsubscribes or dies, or the
-  session is closed, or lost with its service. `event` is a map with `"event"`, `"node"`, `"seq"` and `"time_us"`: `protocol/SPEC.md`, section 10.
+  session is closed, or lost with its service. `session` is the session's name. `event` is a map with `"event"`, `"node"`,
+  `"seq"` and `"time_us"`: `protocol/SPEC.md`, section 10.
 
-  Who comes back says `since:` with the number after the last one it had, and misses nothing that is still kept. After a
-  restart of the service the numbers of a restored session begin at 0 again.
+  Who comes back says `since:` with the number after the last one it had, and misses nothing that is still kept.
+
+  Two events are not the service's but made by this client. They come whatever `kinds:` says, and have nil for `"seq"`:
+
+  * `"session_closed"`, the last one: the session was closed, and `"error"` is nil; or it was lost, with its service or with the
+    connection, and `"error"` is why, a map with `"code"` and `"message"` as in other events.
+  * `"session_restored"`: a session that was opened with `restore: true` goes on in a new service, whose numbers begin at 0.
+
+  A connection that is killed says nothing: who must know monitors it, by the pid of `GenServer.whereis(session.server)`.
 
   #{Options.docs(:subscribe)}
   """
@@ -334,8 +353,13 @@ defmodule DemandPort do
   @doc """
   Demands a node and returns at once; the messages go to the caller. The demand is cancelled when its receiver dies.
 
-  When the connection itself is killed, nobody is left to say so: who must know monitors it, as `demand/3` and
-  `stream/3` do.
+  `{:ok, demand}` says that it is on its way. What the service refuses, an unknown node or a session that is closed, arrives as
+  `:demand_error`, like every other end. `{:error, error}` is what the client sees by itself: there is no connection, too much
+  is open, or the message is too large.
+
+  With `events: true` the demand's own events come as well, `{:node_event, session, event}` with the name of the session
+  (`protocol/SPEC.md`, section 5). Their `"demand_id"`, which the events of `subscribe/2` call `"demand"`, is the number that
+  the connection gave the demand: it tells one demand's events from another's. To know which is whose, give each a `tag`.
 
   No more of its chunks are under way, or wait in the receiver's mailbox, than `credit` says: the service is held back
   while the mailbox holds more. (That of a process on another node cannot be looked into.)
@@ -346,8 +370,7 @@ defmodule DemandPort do
   def demand_async(%Session{} = session, node, options \\ []) when is_binary(node) do
     options = Options.validate!(options, :demand_async)
     {to, watch} = ends(options)
-    tag = if Keyword.has_key?(options, :tag), do: {:tag, options[:tag]}, else: :untagged
-    delivery = %{delivery(session, node, options) | to: to, watch: watch, tag: tag}
+    delivery = %{Delivery.new(session.name, node, options) | to: to, watch: watch}
 
     with {:ok, server} <- Relay.demand(session.server, delivery) do
       {:ok, %Demand{server: server, session: session.name, node: node, ref: delivery.ref}}
@@ -375,21 +398,29 @@ defmodule DemandPort do
   #{Options.docs(:demand_many)}
   """
   @spec demand_many(Session.t(), [String.t()], keyword) ::
-          {:ok, [{String.t(), {:ok, outputs} | {:error, Error.t()} | :skipped | :cancelled | :not_started}]}
-          | {:error, Error.t()}
-  def demand_many(session, nodes, options \\ [])
-  def demand_many(%Session{}, [], _options), do: {:ok, []}
-
-  def demand_many(%Session{} = session, [_ | _] = nodes, options) do
+          {:ok, [{String.t(), outcome}]} | {:error, Error.t()}
+  def demand_many(%Session{} = session, nodes, options \\ []) when is_list(nodes) do
     options = Options.validate!(options, :demand_many)
 
+    case Enum.reject(nodes, &is_binary/1) do
+      [] ->
+        outcomes(session, nodes, options)
+
+      [odd | _] ->
+        raise ArgumentError, "a node of DemandPort.demand_many must be a string; got: #{inspect(odd)}"
+    end
+  end
+
+  defp outcomes(_session, [], _options), do: {:ok, []}
+
+  defp outcomes(session, nodes, options) do
     more =
       for {name, value} <- Keyword.take(options, [:mode, :limit]), into: %{}, do: {"#{name}", plain(value)}
 
-    delivery = delivery(session, nodes, options)
-    delivery = %{delivery | options: Map.merge(delivery.options, more), window: 0, stream: :never}
+    delivery = Delivery.new(session.name, nodes, options)
+    delivery = %{delivery | options: Map.merge(delivery.options, more)}
 
-    with {:ok, outcomes} <- wait(session.server, delivery, options[:timeout], nil),
+    with {:ok, outcomes} <- Inbox.outputs(delivery, &begin(session.server, &1), nil, options[:timeout]),
          do: {:ok, Enum.map(outcomes, &outcome/1)}
   end
 
@@ -417,7 +448,8 @@ defmodule DemandPort do
   @spec stream(Session.t(), String.t(), keyword) :: Enumerable.t()
   def stream(%Session{} = session, node, options \\ []) when is_binary(node) do
     options = Options.validate!(options, :stream)
-    Stream.resource(fn -> begin_stream(session, node, options) end, &next_chunks/1, &end_stream/1)
+    delivery = Delivery.new(session.name, node, options)
+    Inbox.stream(delivery, &begin(session.server, &1), options)
   end
 
   @doc """
@@ -428,14 +460,8 @@ defmodule DemandPort do
   @spec demand(Session.t(), String.t(), keyword) :: {:ok, outputs} | {:error, Error.t()}
   def demand(%Session{} = session, node, options \\ []) when is_binary(node) do
     options = Options.validate!(options, :demand)
-
-    on_stream = options[:on_stream]
-    delivery = delivery(session, node, options)
-
-    delivery =
-      if on_stream, do: %{delivery | stream: :consumed}, else: %{delivery | window: 0, stream: :never}
-
-    wait(session.server, delivery, options[:timeout], on_stream)
+    delivery = Delivery.new(session.name, node, options)
+    Inbox.outputs(delivery, &begin(session.server, &1), options[:on_stream], options[:timeout])
   end
 
   @doc """
@@ -446,35 +472,47 @@ defmodule DemandPort do
 
   ## With an exclamation mark
 
-  for {name, arities} <- [
-        open: 2..3,
-        edit: 2..3,
-        set_input: 4..5,
-        clear_input: 3..4,
-        answer: 3..4,
-        get_output: 3..4,
-        snapshot: 1..2,
-        close: 1..2,
-        subscribe: 1..2,
-        demand: 2..3,
-        demand_async: 2..3,
-        demand_many: 2..3,
-        models: 1..2,
-        load_model: 2..3,
-        unload_model: 2..3,
-        node_types: 1..2,
-        validate: 2..3,
-        health: 1..2,
-        info: 1..2,
-        drain: 1..2,
-        restart: 1..2
-      ],
-      arity <- arities do
-    arguments = Macro.generate_arguments(arity, __MODULE__)
-    @doc "As `#{name}/#{arity}`, but returns the result alone, and raises the error."
-    @spec unquote(:"#{name}!")(unquote_splicing(List.duplicate({:term, [], []}, arity))) :: term
-    def unquote(:"#{name}!")(unquote_splicing(arguments)) do
-      unquote(name)(unquote_splicing(arguments)) |> unwrap()
+  # Each takes options last.
+  with_mark =
+    quote do
+      [
+        ping(port :: port_server) :: :pong,
+        health(port :: port_server) :: map,
+        info(port :: port_server) :: map,
+        validate(port :: port_server, graph :: map | Graph.t() | Path.t()) :: map,
+        node_types(port :: port_server) :: [map],
+        models(port :: port_server) :: [map],
+        load_model(port :: port_server, model :: String.t()) :: map,
+        unload_model(port :: port_server, model :: String.t() | %{String.t() => term}) :: boolean,
+        drain(port :: port_server) :: map,
+        restart(port :: port_server) :: :ok,
+        open(port :: port_server, graph :: map | Graph.t() | Path.t()) :: Session.t(),
+        close(session :: Session.t()) :: :ok,
+        snapshot(session :: Session.t()) :: map,
+        edit(session :: Session.t(), operations :: operation | [operation]) :: [String.t()],
+        set_input(session :: Session.t(), node :: String.t(), port :: String.t(), value :: value) :: [
+          String.t()
+        ],
+        clear_input(session :: Session.t(), node :: String.t(), port :: String.t()) :: [String.t()],
+        answer(session :: Session.t(), node :: String.t(), value :: value) :: [String.t()],
+        get_output(session :: Session.t(), node :: String.t(), port :: String.t()) ::
+          value | :absent | :skipped,
+        subscribe(session :: Session.t()) :: %{first: non_neg_integer, next: non_neg_integer},
+        unsubscribe(session :: Session.t()) :: :ok,
+        demand(session :: Session.t(), node :: String.t()) :: outputs,
+        demand_async(session :: Session.t(), node :: String.t()) :: Demand.t(),
+        demand_many(session :: Session.t(), nodes :: [String.t()]) :: [{String.t(), outcome}]
+      ]
+    end
+
+  for {:"::", _, [{name, _, parameters}, result]} <- with_mark do
+    {arguments, types} =
+      Enum.unzip(for {:"::", _, [{name, _, _}, type]} <- parameters, do: {Macro.var(name, nil), type})
+
+    @doc "As `#{name}/#{length(arguments) + 1}`, but returns the result alone, and raises the error."
+    @spec unquote(:"#{name}!")(unquote_splicing(types), keyword) :: unquote(result)
+    def unquote(:"#{name}!")(unquote_splicing(arguments), options \\ []) do
+      unquote(name)(unquote_splicing(arguments), options) |> unwrap()
     end
   end
 
@@ -517,140 +555,16 @@ defmodule DemandPort do
 
   defp receiver(pid_or_remote), do: pid_or_remote
 
-  @sent ~w(deadline_ms priority coalesce_ms coalesce_bytes)a
-
-  defp delivery(session, node, options) do
-    sent = for {name, value} <- Keyword.take(options, @sent), into: %{}, do: {Atom.to_string(name), value}
-    sent = if options[:events], do: Map.put(sent, "events", true), else: sent
-
-    %Delivery{ref: make_ref(), session: session.name, node: node, options: sent, window: options[:credit]}
-  end
-
-  ## Demands whose messages the caller itself receives, here
-
-  defp wait(server, delivery, timeout, on_stream) do
-    case begin(server, delivery) do
-      {:ok, server, ref} ->
-        try do
-          await(server, ref, on_stream, deadline(timeout))
-        after
-          leave(server, ref)
-        end
-
-      {:error, error} ->
-        {:error, error}
-    end
-  end
-
-  # Messages go to an alias: once it is dropped, whatever is still on its way to this process vanishes.
+  # The connection is watched before the demand is sent: what is lost on the way is lost with it.
   defp begin(server, delivery) do
     case GenServer.whereis(server) do
       nil ->
         {:error, Connection.unavailable("the connection is not running")}
 
       server ->
-        ref = :erlang.monitor(:process, server, alias: :explicit_unalias)
-        Connection.cast_demand(server, %{delivery | ref: ref, to: [ref], watch: [self()], tag: {:tag, ref}})
-        {:ok, server, ref}
+        monitor = Process.monitor(server)
+        Connection.cast_demand(server, delivery)
+        {:ok, server, monitor}
     end
   end
-
-  defp await(server, ref, on_stream, deadline) do
-    case next(ref, remaining(deadline)) do
-      {:node_stream, node, chunk} ->
-        on_stream.(node, chunk)
-        Connection.consumed(server, ref, 1)
-        await(server, ref, on_stream, deadline)
-
-      {:demand_complete, _node, outputs} ->
-        {:ok, outputs}
-
-      {:demand_error, _node, error} ->
-        {:error, error}
-    end
-  end
-
-  defp next(ref, timeout) do
-    receive do
-      {^ref, {:node_event, _session, _event}} ->
-        next(ref, timeout)
-
-      {^ref, message} ->
-        message
-
-      {:DOWN, ^ref, :process, _pid, _reason} ->
-        {:demand_error, nil, Connection.unavailable("the connection ended")}
-    after
-      timeout -> {:demand_error, nil, Error.new(:deadline_exceeded, "the demand did not end in time")}
-    end
-  end
-
-  # Also runs when `on_stream` raises. To abandon a demand that has ended does nothing.
-  defp leave(server, ref) do
-    :erlang.unalias(ref)
-    Process.demonitor(ref, [:flush])
-    Connection.abandon(server, ref)
-    flush(ref)
-  end
-
-  defp begin_stream(session, node, options) do
-    case begin(session.server, %{delivery(session, node, options) | stream: :consumed}) do
-      {:ok, server, ref} -> %{server: server, ref: ref, options: options, taken: 0, empty: true}
-      {:error, error} -> raise error
-    end
-  end
-
-  defp next_chunks(%{ref: nil} = stream), do: {:halt, stream}
-
-  # What came before was taken when the next is asked for.
-  defp next_chunks(stream) do
-    stream = give_credit(stream)
-    values = stream.options[:chunks] == :values
-
-    case next(stream.ref, stream.options[:timeout]) do
-      {:node_stream, _node, chunk} = message ->
-        {[if(values, do: chunk, else: message)], %{stream | taken: stream.taken + 1, empty: false}}
-
-      {:demand_complete, _node, outputs} = message ->
-        last = if values, do: if(stream.empty, do: single(outputs), else: []), else: [message]
-        {last, end_stream(stream)}
-
-      {:demand_error, _node, error} ->
-        end_stream(stream)
-        raise error
-    end
-  end
-
-  defp give_credit(%{taken: taken, options: options} = stream) do
-    if 2 * taken >= options[:credit] do
-      Connection.consumed(stream.server, stream.ref, taken)
-      %{stream | taken: 0}
-    else
-      stream
-    end
-  end
-
-  defp single(outputs) when map_size(outputs) == 1, do: Map.values(outputs)
-  defp single(_outputs), do: []
-
-  defp end_stream(%{ref: nil} = stream), do: stream
-
-  defp end_stream(stream) do
-    leave(stream.server, stream.ref)
-    %{stream | ref: nil}
-  end
-
-  defp flush(ref) do
-    receive do
-      {^ref, _} -> flush(ref)
-    after
-      0 -> :ok
-    end
-  end
-
-  defp deadline(:infinity), do: :infinity
-  defp deadline(timeout), do: System.monotonic_time(:millisecond) + timeout
-
-  defp remaining(:infinity), do: :infinity
-  defp remaining(deadline), do: max(deadline - System.monotonic_time(:millisecond), 0)
 end

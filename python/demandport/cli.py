@@ -59,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--config", metavar="FILE.toml", help="models, and what nodes may start and ask")
     run.set_defaults(function=_run)
 
-    nodes = commands.add_parser("nodes", help="list node types with their ports")
+    nodes = commands.add_parser(
+        "nodes", help="list node types with their ports; exit status 1 when a package's could not be loaded"
+    )
     nodes.add_argument("--json", action="store_true")
     nodes.set_defaults(function=_nodes)
 
@@ -179,16 +181,17 @@ def _nodes(arguments: argparse.Namespace) -> int:
     from demandport.engine.registry import load_specs
     from demandport.nodes import BUILT_IN
 
-    specs = load_specs(BUILT_IN)
+    left_out: list[str] = []
+    specs = load_specs(BUILT_IN, left_out)
     if arguments.json:
         print(json.dumps([spec.describe() for spec in specs.values()], indent=2))
-        return 0
+        return 1 if left_out else 0
     for spec in sorted(specs.values(), key=lambda spec: (spec.category, spec.node_type)):
         inputs = [f"{port.name}{'!' if port.required else ''}" for port in spec.inputs.values()]
         inputs += ["…"] if spec.open_inputs else []
         print(f"{spec.category:<10} {spec.node_type}: {', '.join(inputs)} -> {', '.join(spec.outputs)}")
         print(f"{'':<10}   {spec.description}")
-    return 0
+    return 1 if left_out else 0
 
 
 def _models(arguments: argparse.Namespace) -> int:

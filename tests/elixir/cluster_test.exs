@@ -318,6 +318,29 @@ defmodule DemandPort.ClusterTest do
       refute_received _
     end
 
+    test "streams as its caller takes the chunks, whatever else lies in the caller's mailbox" do
+      peer(:a)
+      others = 100
+      for n <- 1..others, do: send(self(), {:other, n})
+
+      stream = Cluster.stream(@scope, @graph, "stream-500", credit: 4, timeout: @wait)
+
+      chunks =
+        Enum.map(stream, fn chunk ->
+          if chunk == "chunk 0 ", do: assert(eventually(fn -> waiting() == others + 3 end))
+          assert waiting() <= others + 4
+          chunk
+        end)
+
+      assert chunks == for(n <- 0..499, do: "chunk #{n} ")
+      heard = fn _node, _chunk -> :ok end
+      assert {:ok, _} = Cluster.run(@scope, @graph, "stream-500", on_stream: heard, timeout: @wait)
+      for n <- 1..others, do: assert_received({:other, ^n})
+      refute_received _
+    end
+
+    defp waiting, do: self() |> Process.info(:message_queue_len) |> elem(1)
+
     test "begins again elsewhere, until the first chunk" do
       a = peer(:a)
       {:ok, demand} = Cluster.demand_async(@scope, @graph, "hold", tag: :again, retry: 1)
@@ -375,6 +398,26 @@ defmodule DemandPort.ClusterTest do
         Cluster.choose(@scope, model: 1)
       end
     end
+  end
+
+  test "whose name is taken for a port's says what it is, and nothing dies" do
+    there = peer(:a)
+    before = Process.whereis(@scope)
+    {:ok, session} = Cluster.open(@scope, @graph)
+
+    answers = [
+      DemandPort.open(@scope, @graph),
+      DemandPort.ping(@scope),
+      DemandPort.demand(%{session | server: @scope}, "echo")
+    ]
+
+    for answer <- answers do
+      assert {:error, %Error{code: :bad_message, retryable: false, message: message}} = answer
+      assert message =~ "#{inspect(@scope)} is a cluster: use DemandPort.Cluster"
+    end
+
+    assert Process.whereis(@scope) == before
+    assert Cluster.members(@scope) == [there.server]
   end
 
   @tag :service

@@ -246,6 +246,11 @@ defmodule DemandPort.ConnectionTest do
     test "without a Python fails at once" do
       Process.flag(:trap_exit, true)
       assert {:error, %Error{code: :backend_unavailable}} = DemandPort.start_link(python: "no-such-python")
+
+      assert {:error, %Error{code: :backend_unavailable} = error} =
+               DemandPort.start_link(cd: "/no/such/folder")
+
+      assert error.message =~ ~s(no folder "/no/such/folder"; set the option :cd)
     end
 
     test "under a name answers to it" do
@@ -463,6 +468,8 @@ defmodule DemandPort.ConnectionTest do
 
   test "a thousand demands at once end once each" do
     session = fake() |> session()
+    # They are as many as this service takes at once, so its greeting must have been answered.
+    assert :pong = DemandPort.ping(session.server)
     for n <- 1..1_000, do: {:ok, _} = DemandPort.demand_async(session, "stream-5", tag: n)
 
     for n <- 1..1_000 do

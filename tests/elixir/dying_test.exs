@@ -517,6 +517,72 @@ defmodule DemandPort.DyingTest do
       assert %{"data" => %{"k1" => 1, "k5" => 5}} = Enum.find(nodes, &(&1["id"] == "in"))
     end
 
+    test "and after very many edits the graph is there as it was, of which no more is kept than there is of it" do
+      port = own()
+      session = opened(port)
+      :rand.seed(:exsss, {5, 7, 11})
+      # Data that would be refused without the input that goes before them.
+      wrong = {:update_node_data, "typed", %{"max_tokens" => "many"}}
+      DemandPort.edit!(session, {:add_node, %{id: "typed", node_type: "llm-inference"}})
+      assert {:error, %Error{code: :type_mismatch}} = DemandPort.edit(session, wrong)
+      DemandPort.edit!(session, [{:set_input, "typed", "max_tokens", 5}, wrong])
+
+      for {edits, restarts} <- [{1_000, 1}, {100, 2}] do
+        # Some are refused; these count for nothing.
+        fn -> DemandPort.edit(session, for(_ <- 1..Enum.random(1..2), do: any_edit())) end
+        |> Stream.repeatedly()
+        |> Stream.filter(&match?({:ok, _}, &1))
+        |> Enum.take(edits)
+
+        before = DemandPort.snapshot!(session)
+        %{"nodes" => nodes, "edges" => edges} = before["graph"]
+        [restore] = Map.values(elem(:sys.get_state(port), 1).sessions)
+        assert length(restore.edits) <= opened_with() + 2 * length(nodes) + length(edges)
+        signal(port, :KILL)
+        assert eventually(fn -> info(port).restarts == restarts end)
+        restored = DemandPort.snapshot!(session)
+        assert {restored["graph"]["nodes"], restored["graph"]["edges"]} == {nodes, edges}
+        assert inputs(restored) == inputs(before)
+      end
+
+      settled(port)
+    end
+
+    defp opened_with, do: map_size(graph().nodes) + map_size(graph().edges)
+
+    # A node whose inputs were all cleared has none, however that is said.
+    defp inputs(snapshot), do: Map.reject(snapshot["inputs"], fn {_node, set} -> set == %{} end)
+
+    defp any_edit do
+      id = Enum.random(~w(in out a b c))
+      port = Enum.random(~w(text inputs))
+      [edge, key, value] = [any_edge(), Enum.random(~w(text k l)), Enum.random([nil, "x", "y"])]
+
+      Enum.random([
+        {:add_node, %{id: id, node_type: Enum.random(~w(text-input merge)), data: %{"text" => id}}},
+        {:remove_node, id},
+        {:add_edge, edge},
+        {:add_edge, edge},
+        {:remove_edge, Enum.random([edge, "first", "second"])},
+        {:update_node_data, id, %{key => value}},
+        {:set_input, id, port, Enum.random(1..9)},
+        {:clear_input, id, port},
+        {:invalidate, id}
+      ])
+    end
+
+    # Some are named, some are not, which are then called by their ends; and both spellings of these.
+    defp any_edge do
+      ends = %{source: Enum.random(~w(in a b c)), target: Enum.random(~w(a b c))}
+
+      Enum.random([
+        ends,
+        Map.put(ends, :id, Enum.random(~w(first second))),
+        Map.put(ends, :target_handle, "inputs"),
+        Map.put(ends, "targetHandle", "inputs")
+      ])
+    end
+
     test "and an answer to it does not reach the next one, whose calls have the same numbers" do
       port = own()
       session = opened(port)
@@ -598,8 +664,8 @@ defmodule DemandPort.DyingTest do
   end
 
   describe "the connection" do
-    for moment <- [:queued, :running, :streaming, :draining, :held] do
-      test "is stopped by its supervisor, #{moment}: each demand ends once" do
+    for how <- [:stop, :kill], moment <- [:queued, :running, :streaming, :draining, :held] do
+      test "ends by a #{how}, #{moment}: each demand ends once" do
         port = own()
         Process.flag(:trap_exit, true)
         os_pid = os_pid(port) || 0
@@ -609,7 +675,7 @@ defmodule DemandPort.DyingTest do
           assert eventually(fn -> info(port).open_demands + info(port).held >= 4 end)
         end)
 
-        end_connection(port, :stop)
+        end_connection(port, unquote(how))
         outcomes = outcomes()
         assert %Error{code: :backend_unavailable} = outcomes.async
 
@@ -774,6 +840,18 @@ defmodule DemandPort.DyingTest do
       settled(port)
     end
 
+    test "each get one outcome, whenever the connection is killed" do
+      port = own()
+      session = opened(port)
+      callers(session)
+      assert_receive {:caller, 1, _} = first, @wait
+      send(self(), first)
+      kill(port)
+
+      for outcome <- caller_outcomes(),
+          do: assert(match?({:ok, "hello"}, outcome) or lost?(outcome), inspect(outcome))
+    end
+
     defp lost?({:error, %Error{code: :backend_unavailable, retryable: true}}), do: true
     defp lost?(_outcome), do: false
 
@@ -795,11 +873,11 @@ defmodule DemandPort.DyingTest do
     end
 
     defp ask(3, session) do
-      DemandPort.demand_async!(session, "out")
-
-      receive do
-        {:demand_complete, "out", %{"text" => text}} -> alone({:ok, text})
-        {:demand_error, "out", error} -> alone({:error, error})
+      with {:ok, _demand} <- DemandPort.demand_async(session, "out") do
+        receive do
+          {:demand_complete, "out", %{"text" => text}} -> alone({:ok, text})
+          {:demand_error, "out", error} -> alone({:error, error})
+        end
       end
     end
 

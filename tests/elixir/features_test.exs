@@ -12,7 +12,7 @@ defmodule DemandPort.FeaturesTest do
     use DemandPort.Host
 
     @impl true
-    def node_types, do: ["echo", "count", "boom", "wait", "odd", "tool-executor", "rag-search"]
+    def node_types, do: ["echo", "count", "boom", "forbid", "wait", "odd", "tool-executor", "rag-search"]
 
     @impl true
     def handle_node("echo", inputs, context) do
@@ -25,6 +25,7 @@ defmodule DemandPort.FeaturesTest do
     end
 
     def handle_node("boom", _inputs, _context), do: raise("boom")
+    def handle_node("forbid", _inputs, _context), do: raise(Error, code: :forbidden, message: "not here")
     def handle_node("odd", _inputs, _context), do: :what_is_this
 
     def handle_node("wait", _inputs, %{arg: test}) do
@@ -70,11 +71,13 @@ defmodule DemandPort.FeaturesTest do
       on_exit(fn -> File.rm(path) end)
 
       for graph <- [text(), Graph.to_map(text()), path] do
+        assert {:ok, %{"valid" => true}} = DemandPort.validate(port, graph)
         session = DemandPort.open!(port, graph)
         assert %{"text" => "hello"} = DemandPort.demand!(session, "out")
       end
 
       assert {:error, %Error{}} = DemandPort.open(port, "/no/such/file.json")
+      assert {:error, %Error{code: :invalid_graph}} = DemandPort.validate(port, "/no/such/file.json")
     end
 
     test "with an exclamation mark raises the error", %{port: port} do
@@ -123,6 +126,11 @@ defmodule DemandPort.FeaturesTest do
               ]} = DemandPort.demand_many(session, ["boom", "not", "out"])
 
       assert {:ok, []} = DemandPort.demand_many(session, [])
+
+      assert_raise ArgumentError, ~r/a node of DemandPort.demand_many must be a string; got: :out/, fn ->
+        DemandPort.demand_many(session, ["boom", :out])
+      end
+
       assert {:ok, outcomes} = DemandPort.demand_many(session, ["boom", "out"], mode: :race)
       assert {"out", {:ok, _}} = List.keyfind(outcomes, "out", 0)
       assert {:error, %Error{code: :unknown_node}} = DemandPort.demand_many(session, ["out", "nobody"])
@@ -197,16 +205,36 @@ defmodule DemandPort.FeaturesTest do
     end
 
     test "that crashes or answers nonsense is the node's error", %{port: port} do
-      assert {:error, %Error{code: :node_failed, message: message, node: "n"}} =
+      assert {:error, %Error{code: :node_failed, message: "RuntimeError: boom", node: "n"} = error} =
                DemandPort.demand(hosted(port, "boom"), "n")
 
-      assert message =~ "boom"
+      assert error.traceback =~ ~r/features_test.exs:\d+: .*Nodes.handle_node\/3/
+
+      # One that no clause takes: without what it was given.
+      assert {:error, %Error{code: :node_failed, message: "FunctionClauseError: no function" <> _} = error} =
+               DemandPort.demand(hosted(port, "count", secret: "of a customer"), "n")
+
+      assert error.traceback =~ "Nodes.handle_node/3"
+      refute error.traceback =~ "of a customer"
+
+      # One of ours keeps its code, as of a node in Python.
+      assert {:error, %Error{code: :forbidden, message: "not here", traceback: traceback}} =
+               DemandPort.demand(hosted(port, "forbid"), "n")
+
+      assert traceback =~ "Nodes.handle_node/3"
 
       assert {:error, %Error{code: :node_failed, message: message}} =
                DemandPort.demand(hosted(port, "odd"), "n")
 
       assert message =~ "what_is_this"
       assert :pong = DemandPort.ping(port)
+    end
+
+    test "that crashes has its inputs in no log", %{port: port} do
+      session = hosted(port, "boom", secret: "of a customer")
+      log = ExUnit.CaptureLog.capture_log(fn -> assert {:error, _} = DemandPort.demand(session, "n") end)
+      assert log =~ "boom"
+      refute log =~ "of a customer"
     end
 
     test "is shut down when nobody wants it, and may clean up", %{port: port} do
@@ -253,9 +281,19 @@ defmodule DemandPort.FeaturesTest do
                DemandPort.demand!(session, "rag")
     end
 
-    test "without a host is unavailable", %{port: port} do
-      session = DemandPort.open!(port, Graph.new() |> Graph.node("n", "mine"), host_types: :all)
-      assert {:error, %Error{code: :host_unavailable}} = DemandPort.demand(session, "n")
+    test "is of no use without a host, nor with a module that runs nothing", %{port: port} do
+      graph = Graph.new() |> Graph.node("n", "mine")
+
+      for option <- [host_types: :all, host_else: ["mine"], host_timeout_ms: 5] do
+        text = "option #{inspect(elem(option, 0))} of DemandPort.open needs :host"
+        assert_raise ArgumentError, text, fn -> DemandPort.open(port, graph, [option]) end
+      end
+
+      for odd <- [String, {String, 1}, :no_such_module] do
+        assert_raise ArgumentError, ~r/:host of DemandPort.open must be a module with handle_node/, fn ->
+          DemandPort.open(port, graph, host: odd)
+        end
+      end
     end
   end
 
@@ -474,9 +512,29 @@ defmodule DemandPort.FeaturesTest do
       {_, 0} = System.cmd("kill", ["-9", "#{DemandPort.info!(port).os_pid}"])
       assert eventually(fn -> DemandPort.info!(port).restarts == 1 end)
       assert %{"text" => "second"} = DemandPort.demand!(session, "out")
-      assert_receive {:node_event, _, %{"event" => "demand_completed"}}, @wait
+      # Said by the client, before anything of the new service.
+      assert [%{"event" => "session_restored", "seq" => nil}, %{"seq" => 0} | _] =
+               events(session.name, "demand_completed")
+
       DemandPort.close!(session)
       assert DemandPort.info!(port).restorable_sessions == []
+      assert_receive {:node_event, _, %{"event" => "session_closed", "error" => nil}}, @wait
+    end
+
+    test "ends the events of a session that is not restored, and so does the end of the connection", %{
+      port: port
+    } do
+      {:ok, _} = DemandPort.subscribe(DemandPort.open!(port, text()), tag: :lost)
+      kept = DemandPort.open!(port, text(), restore: true)
+      {:ok, _} = DemandPort.subscribe(kept, kinds: [], tag: :kept)
+      :ok = DemandPort.restart(port)
+      assert_receive {:lost, {:node_event, _, %{"event" => "session_closed", "error" => error}}}, @wait
+      assert %{"code" => "backend_unavailable", "retryable" => true} = error
+      assert_receive {:kept, {:node_event, _, %{"event" => "session_restored"}}}, @wait
+      GenServer.stop(port)
+      assert_receive {:kept, {:node_event, _, %{"event" => "session_closed", "error" => error}}}, @wait
+      assert %{"code" => "backend_unavailable"} = error
+      refute_received {:lost, _}
     end
 
     test "comes for a service that is stopped", _context do

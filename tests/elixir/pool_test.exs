@@ -141,7 +141,15 @@ defmodule DemandPort.PoolTest do
         Pool.run(:nobody, @graph, "x", open: [kredit: 1])
       end
 
-      assert {:error, %Error{code: :backend_unavailable}} = Pool.open(:nobody, @graph)
+      assert_raise ArgumentError, ~r/:timeout of DemandPort.Pool.run must be/, fn ->
+        Pool.run(:nobody, @graph, "x", timeout: -1)
+      end
+
+      assert_raise ArgumentError,
+                   ~r/:kredit is not known to DemandPort.Pool.run; known: :open, .*:timeout/,
+                   fn ->
+                     Pool.run(:nobody, @graph, "x", kredit: 1)
+                   end
 
       assert_raise ArgumentError, ~r/:size of DemandPort.Pool.start_link must be an integer from 1/, fn ->
         Pool.start_link(name: Some.Pool, size: 0)
@@ -151,6 +159,20 @@ defmodule DemandPort.PoolTest do
         Pool.start_link([])
       end
     end
+  end
+
+  test "that is not there is the typed error" do
+    asked = [
+      Pool.open(:nobody, @graph),
+      Pool.run(:nobody, @graph, "x"),
+      Pool.members(:nobody),
+      Pool.info(:nobody),
+      Pool.loads(:nobody),
+      Pool.restart(:nobody),
+      DemandPort.Cluster.start_link(scope: :of_nobody, pool: :nobody)
+    ]
+
+    for answer <- asked, do: assert({:error, %Error{code: :backend_unavailable}} = answer)
   end
 
   @tag :service
@@ -199,7 +221,7 @@ defmodule DemandPort.PoolTest do
 
     holder =
       spawn(fn ->
-        {:ok, _} = Roster.hold(Module.concat(pool, "Roster"), first)
+        {:ok, _} = Roster.hold(pool, first)
         send(test, :held)
         Process.sleep(:infinity)
       end)
@@ -210,6 +232,36 @@ defmodule DemandPort.PoolTest do
     Process.exit(holder, :kill)
     assert eventually(fn -> match?({:ok, %{server: ^first}}, Pool.open(pool, @graph)) end)
     assert :ok = Pool.restart(pool)
+  end
+
+  test "whose name is taken for a port's says what it is, and nothing dies" do
+    pool = fake_pool(2)
+    {:ok, session} = Pool.open(pool, @graph)
+    {:ok, _} = DemandPort.demand_async(session, "never")
+    assert_receive {:node_stream, "never", _}, @wait
+    before = Enum.map(Pool.members(pool), &Process.whereis/1)
+
+    answers = [
+      DemandPort.open(pool, @graph),
+      DemandPort.ping(pool),
+      DemandPort.info(pool),
+      DemandPort.restart(pool),
+      DemandPort.demand(%{session | server: pool}, "echo"),
+      DemandPort.demand_async(%{session | server: pool}, "echo"),
+      DemandPort.subscribe(%{session | server: pool})
+    ]
+
+    for answer <- answers do
+      assert {:error, %Error{code: :bad_message, retryable: false, message: message}} = answer
+      assert message =~ "#{inspect(pool)} is a pool: use DemandPort.Pool"
+    end
+
+    assert {:error, %Error{code: :bad_message, message: message}} = Pool.open(session.server, @graph)
+    assert message =~ "one port"
+    send(pool, :what_nobody_asked_for)
+    assert Enum.map(Pool.members(pool), &Process.whereis/1) == before
+    assert sessions(pool) == [1, 0]
+    refute_received _
   end
 
   defp flush_ran do

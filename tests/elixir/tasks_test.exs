@@ -132,6 +132,36 @@ defmodule DemandPort.TasksTest do
       assert remedy =~ "-m pip install --force-reinstall"
     end
 
+    test "names the nodes that cannot be loaded, and says where it looked", %{folder: folder} do
+      Tasks.Gen.Node.run(["word-count", "--root", folder])
+      said()
+      nodes = Path.join(folder, "priv/python")
+
+      File.cd!(folder, fn -> assert Tasks.Doctor.run([]) in [nil, :ok] end)
+      said = said()
+      assert said =~ "ok     nodes are looked for in #{nodes}"
+      assert said =~ "ok     nodes of demand-port-nodes: demand_port_nodes in #{nodes}"
+
+      File.write!(Path.join(nodes, "demand_port_nodes/torn.py"), "from demandport import nod\n")
+      File.cd!(folder, fn -> assert catch_exit(Tasks.Doctor.run([])) == {:shutdown, 1} end)
+      said = said()
+
+      assert said =~
+               "wrong  the nodes of demand-port-nodes cannot be loaded: demand_port_nodes in #{nodes}: ImportError"
+
+      refute said =~ "the service starts"
+
+      File.write!(Path.join(nodes, "demand_port_nodes/torn.py"), """
+      from demandport import node
+      @node("template")
+      def torn(text: str) -> str: return text
+      """)
+
+      findings = Doctor.findings(env: [{"PYTHONPATH", nodes}])
+      assert [{:wrong, what, remedy}] = Enum.filter(findings, &match?({:wrong, _, _}, &1))
+      assert what =~ "template" and remedy =~ "import demand_port_nodes"
+    end
+
     test "looks at the folders that the environment names", %{folder: folder} do
       with_env("DEMANDPORT_CACHE_DIRECTORY", Path.join(folder, "none"))
       with_env("DEMANDPORT_MODEL_DIRECTORIES", "#{folder}:#{__ENV__.file}")
@@ -280,6 +310,18 @@ defmodule DemandPort.TasksTest do
       graph = DemandPort.Graph.node(DemandPort.Graph.new(), "it", "word-count", text: "ab", times: 2)
       {:ok, session} = DemandPort.open(port, DemandPort.Graph.to_map(graph))
       assert DemandPort.demand(session, "it") == {:ok, %{"output" => "abab"}}
+    end
+
+    test "refuses the names that the service has already", %{folder: folder} do
+      {:ok, types} = DemandPort.node_types(DemandPort.Test.Services.real())
+      names = Enum.map(types, & &1["node_type"])
+      assert Enum.sort(names) == Enum.sort(Tasks.Gen.Node.built_in())
+
+      assert_raise Mix.Error, ~r/template is a node type that the service has already/, fn ->
+        Tasks.Gen.Node.run(["template", "--root", folder])
+      end
+
+      assert File.ls!(folder) == []
     end
 
     test "keeps what is there, and refuses names that are none", %{folder: folder} do

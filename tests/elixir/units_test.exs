@@ -154,11 +154,40 @@ defmodule DemandPort.UnitsTest do
       again = Restore.edited(again, [data.("a", %{"new" => 1})])
       assert [_name, _graph, %{"edits" => edits}] = Restore.fields(again, "s")
 
-      assert ~w(update_node_data update_node_data remove_node add_node update_node_data) ==
-               Enum.map(edits, & &1["op"])
+      assert ~w(update_node_data remove_node add_node update_node_data) == Enum.map(edits, & &1["op"])
 
       assert List.last(edits)["data"] == %{"new" => 1}
       assert Restore.fields(Restore.new(%{}, %{"max_running" => 1}), "s") == ["s", %{}, %{"max_running" => 1}]
+    end
+
+    test "is nothing where what was added is gone again, and what was there before stays gone" do
+      kept = fn operations ->
+        restore = Enum.reduce(operations, Restore.new(%{}, %{}), &Restore.edited(&2, [&1]))
+        Enum.map(restore.edits, fn {_made, operation} -> operation end) |> Enum.reverse()
+      end
+
+      add = fn id -> %{op: "add_node", node: %{"id" => id}} end
+      remove = fn id -> %{op: "remove_node", node: id} end
+      join = fn edge -> %{op: "add_edge", edge: edge} end
+      part = fn edge -> %{op: "remove_edge", edge: edge} end
+      data = %{op: "update_node_data", node: "new", data: %{k: 1}}
+
+      # The node of before has edges of before, and one of after.
+      [joined, old] = [join.(%{source: "old", target: "new"}), remove.("old")]
+      assert [%{"op" => "add_node"}, %{"op" => "remove_node"}] = kept.([add.("new"), joined, old])
+      assert [] = kept.([add.("new"), data, joined, remove.("new")])
+      assert [%{"op" => "remove_node"}] = kept.([old, add.("old"), joined, remove.("old")])
+      assert [_, _, %{"op" => "update_node_data"}] = kept.([old, add.("old"), data])
+
+      # However an edge is written, it is the one.
+      long = %{"source" => "a", "source_handle" => "x", "target" => "b", "target_handle" => nil, "id" => ""}
+      short = %{source: "a", sourceHandle: "x", target: "b"}
+      assert [] = kept.([join.(long), part.(short)])
+      assert [] = kept.([join.(short), part.("a.x->b.")])
+      assert [] = kept.([join.(Map.put(short, :id, "e")), part.("e")])
+      again = [part.(short), join.(long), part.(long), join.(short)]
+      assert [%{"op" => "remove_edge"}, %{"op" => "add_edge", "edge" => ^short}] = kept.(again)
+      assert [%{"op" => "add_edge"}, %{"op" => "remove_edge"}] = kept.([join.(short), part.("a.->b.")])
     end
   end
 
@@ -208,11 +237,24 @@ defmodule DemandPort.UnitsTest do
           state -> elem(Subscriptions.add(state, session, pid, since: 7), 1)
         end
 
-      state = Subscriptions.restarted(state, ["s"], [{"t", other}])
+      error = Error.new(:backend_unavailable, "gone", retryable: true)
+      state = Subscriptions.restarted(state, ["s"], [{"t", other}], error)
+      assert_received {:node_event, "t", %{"event" => "session_closed", "seq" => nil, "error" => error}}
+      assert %{"code" => "backend_unavailable", "message" => "gone", "retryable" => true} = error
       assert %{"s" => %{} = s, "t" => %{} = t} = state.sessions
       assert [{me, %{at: 0}}] = Map.to_list(s)
       assert [{^other, %{at: 7}}] = Map.to_list(t)
       assert me == self()
+      refute_received _
+
+      # Those who wait are told of the service that they come to by the reply.
+      state =
+        state |> Subscriptions.restored("s") |> Subscriptions.restored("t") |> Subscriptions.restored("s")
+
+      assert_received {:node_event, "s", %{"event" => "session_restored", "error" => nil}}
+      refute_received _
+      assert Subscriptions.close(state, "s", nil).sessions == Map.delete(state.sessions, "s")
+      assert_received {:node_event, "s", %{"event" => "session_closed", "error" => nil}}
     end
   end
 
@@ -252,6 +294,18 @@ defmodule DemandPort.UnitsTest do
       end
     end
 
+    test "those that do not go together are refused by name" do
+      to = {Registry, :topics, "room"}
+
+      for other <- [tag: :x, to: self()] do
+        message =
+          assert_raise(ArgumentError, fn -> Options.validate!([other, broadcast: to], :demand_async) end).message
+
+        assert message =~
+                 "options #{inspect(elem(other, 0))} and :broadcast of DemandPort.demand_async do not go together"
+      end
+    end
+
     test "defaults are put in, and what is given wins" do
       assert Options.validate!([], :ping) == [timeout: 30_000]
       assert Options.validate!([timeout: :infinity], :ping)[:timeout] == :infinity
@@ -267,6 +321,30 @@ defmodule DemandPort.UnitsTest do
         assert Options.docs(function) =~ "* `:"
       end
     end
+  end
+
+  test "functions with an exclamation mark have the arguments and types of those without" do
+    {:docs_v1, _, _, _, _, _, docs} = Code.fetch_docs(DemandPort)
+
+    arguments =
+      for {{:function, name, arity}, _, [signature], _, _} <- docs, do: {{"#{name}", arity}, signature}
+
+    arguments = Map.new(arguments)
+
+    marked =
+      for {{name, arity}, signature} <- arguments, String.ends_with?(name, "!"), do: {name, arity, signature}
+
+    assert length(marked) > 20
+
+    for {name, arity, signature} <- marked do
+      plain = String.trim_trailing(name, "!")
+      assert signature == String.replace_prefix(arguments[{plain, arity}], plain, name)
+    end
+
+    {:ok, specs} = Code.Typespec.fetch_specs(DemandPort)
+    [spec] = Map.new(specs)[{:open!, 3}]
+    text = :open! |> Code.Typespec.spec_to_quoted(spec) |> Macro.to_string()
+    assert text =~ "keyword()) :: DemandPort.Session.t()"
   end
 
   describe "launch" do

@@ -345,6 +345,21 @@ def test_a_value_that_cannot_travel_fails_its_demand_alone(shared: ServiceProces
     assert reply[0] == "demand_error" and reply[2]["code"] == "type_mismatch"
 
 
+@pytest.mark.parametrize("codec", ["msgpack", "etf"])
+def test_what_the_host_does_not_accept_is_too_large_for_its_demand_alone(nodes: Path, codec: str) -> None:
+    with ServiceProcess("--codec", codec, nodes=nodes) as host:
+        assert host.request("hello", {"protocol": [1, 1], "max_frame_bytes": 200_000})[0] == "ok"
+        host.open("s", ("large", "t-large", {"size": 300_000}), ("fits", "t-large", {"size": 100_000}))
+        host.open("t", ("streams", "t-chunks", {"chunks": ["a", "b" * 300_000]}))
+        for session, node in (("s", "large"), ("t", "streams")):
+            end = host.request("demand", session, node)
+            assert (end[0], end[2]["code"], end[2]["node"]) == ("demand_error", "too_large", node)
+        assert host.request("get_output", "s", "large", "output")[2]["code"] == "too_large"
+        assert host.request("demand_many", "s", ["large", "fits"])[2]["code"] == "too_large"
+        assert host.request("demand", "s", "fits")[0] == "demand_complete"
+        host.says_nothing_more()
+
+
 def test_a_strict_queue_answers_thousands_in_order(service: ServiceProcess) -> None:
     service.open("s", ("a", "human-input", {}), max_running=1)
     service.send(*(["demand", id, "s", "a"] for id in range(1, 3001)))

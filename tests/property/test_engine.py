@@ -197,7 +197,10 @@ class Plain:
         elif op == "set_input":
             self.inputs.setdefault(name, {})[operation["port"]] = operation["value"]
         elif op == "clear_input":
-            self.inputs.get(name, {}).pop(operation["port"], None)
+            given = self.inputs.get(name, {})
+            if operation["port"] not in given:
+                return set()
+            del given[operation["port"]]
         return {name}
 
     def _check(self) -> None:

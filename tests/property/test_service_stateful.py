@@ -261,6 +261,8 @@ class ServiceMachine(RuleBasedStateMachine):
         self.over: list[int] = []
         self.turns: dict[str, int] = {}
         self.hosts.runs += 1
+        #: The host answered a call with an error, and nobody was heard to end with it: who asks now may join the call.
+        self.refused = False
         self._wrong = False
         self._names = itertools.count(1)
 
@@ -268,7 +270,7 @@ class ServiceMachine(RuleBasedStateMachine):
     def open(self, texts: list[str]) -> None:
         """A new session with a graph of every kind."""
         self.session = f"s{next(self.hosts.numbers)}"
-        self.graph, self.turns = Graph(), {}
+        self.graph, self.turns, self.refused = Graph(), {}, False
         for number, text in enumerate(texts):
             self.graph.nodes[f"text{number}"] = Node("text-input", {"text": text})
         for number in range(2):
@@ -421,6 +423,8 @@ class ServiceMachine(RuleBasedStateMachine):
         node = self.graph.nodes.get(name)
         if node and node.kind == "t-cpu" and self.hosts.killed:  # the pool may give it to one that is dying
             codes = codes | {"worker_crash"}
+        if self.refused:
+            codes = codes | {"too_large"}
         return Asked(id, name, node.port if node else "", self.graph.outcome(name), len(self.answers), codes)
 
     @precondition(lambda self: self._offers("demand_many"))
@@ -451,6 +455,7 @@ class ServiceMachine(RuleBasedStateMachine):
         del self.calls[id]
         self.over.append(id)
         if how == "error":
+            self.refused = True
             for asked in [*self.demands.values(), *self.many.values()]:
                 asked.codes.add("too_large")
             self.host.send(["answer", id, "error", {"code": "too_large", "message": "so it is"}])
@@ -623,6 +628,7 @@ class ServiceMachine(RuleBasedStateMachine):
         if message[0] == "demand_error":
             code = message[2]["code"]
             assert code == asked.outcome or code in asked.codes, (asked, message)
+            self.refused = self.refused and code != "too_large"
         else:
             assert type(asked.outcome) is not str, (asked, message)
             assert asked.fits(message[2][asked.port], self.answers), (asked, message, self.answers)
@@ -639,7 +645,7 @@ class ServiceMachine(RuleBasedStateMachine):
         self._hear(lambda: self.host.judge.settled)
         while self.calls:  # a call is let go once its node has unwound, which may be after the reply to `close`
             self.hear()
-        assert not self.demands and not self.many and not self.replies
+        assert not self.demands and not self.many and not self.replies, self.host.shown()
 
     @precondition(lambda self: len(self.made) > 3)
     @rule(how=st.sampled_from(["drain", "too long", "end of input", "kill"]), chance=st.integers(0, 9))
@@ -710,7 +716,7 @@ class ServiceMachine(RuleBasedStateMachine):
             for id in [*self.calls]:
                 self._answer_call(id, "ok")
             self._hear(lambda: bool(self.calls) or self.host.judge.settled)
-        assert not self.demands and not self.many and not self.replies
+        assert not self.demands and not self.many and not self.replies, self.host.shown()
         self._close()
         self.host.verdict()
         assert self.host.request("health")[2]["demands"]["open"] == 0

@@ -1175,7 +1175,7 @@ def test_nodes_lists_what_authors_wrote(studio: Site) -> None:
     assert "custom     count-down: start! -> text, last\n" in out and "input      text-input: text -> text" in out
     studio.install("broken", "raise RuntimeError('no GPU')")
     status, out, err = demandport(studio, "nodes", "--json")
-    assert status == 0 and "RuntimeError: no GPU" in err and "could not be loaded" in err
+    assert status == 1 and "RuntimeError: no GPU" in err and "could not be loaded" in err
     (shout,) = [about for about in json.loads(out) if about["node_type"] == "shout"]
     assert [(port["name"], port["type"], port["required"], port["default"]) for port in shout["inputs"]] == [
         ("text", "string", True, None),
@@ -1187,7 +1187,7 @@ def test_nodes_lists_what_authors_wrote(studio: Site) -> None:
 def test_an_odd_default_does_not_hide_the_other_node_types(site: Site) -> None:
     site.install("odd", "from demandport import node\n@node('odd')\ndef odd(x: object = object()) -> str: ...")
     status, out, _ = demandport(site, "nodes", "--json")
-    assert status == 0 and "text-input" in out
+    assert status == 1 and "text-input" in out
 
 
 def test_run_streams_then_prints_the_other_outputs(studio: Site, graph: Callable[..., str]) -> None:

@@ -1014,7 +1014,7 @@ RERUNS: list[tuple[dict[str, Any], str]] = [
     (set_input("a", "x"), "abcd"),
     (set_input("b", "x"), "bd"),
     (set_input("e", "x"), "e"),
-    ({"op": "clear_input", "node": "c", "port": "text"}, "cd"),
+    ({"op": "clear_input", "node": "c", "port": "text"}, ""),  # nothing was set
     ({"op": "update_node_data", "node": "c", "data": {"note": "x"}}, "cd"),
     ({"op": "invalidate", "node": "d"}, "d"),
     ({"op": "remove_edge", "edge": "a>c"}, "cd"),

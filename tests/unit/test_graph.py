@@ -88,6 +88,41 @@ def test_a_broken_rule_is_reported_alike_everywhere(code: str, nodes: list[Any],
         assert caught.value.code == code
 
 
+@pytest.mark.parametrize("name", ["maxTokens", "max-tokens", "MAX_TOKENS", "max_token", "max_tockens"])
+def test_a_name_in_data_that_is_almost_a_ports_is_a_problem_and_the_graph_opens(name: str) -> None:
+    node = _node(
+        "llm",
+        "llamacpp-inference",
+        **{"prompt": "x", "model_path": "tiny", "label": "my model", "position": 1, name: 9},
+    )
+    (problem,) = require_runnable(load({"nodes": [node], "edges": []}), SPECS)
+    assert (problem.code, problem.node, problem.port, problem.fatal) == ("unknown_port", "llm", name, False)
+    assert "'max_tokens'" in problem.hint
+
+
+def test_a_name_in_data_that_is_no_port_is_none_where_the_port_has_a_value_or_the_node_takes_any() -> None:
+    given = _node("llm", "llamacpp-inference", model_path="tiny", prompt="x", max_tokens=1, maxTokens=2)
+    anything = _node("t", "template", template="{{a}}", templates="x")
+    assert require_runnable(load({"nodes": [given, anything], "edges": []}), SPECS) == []
+
+
+def test_a_graph_grows_no_larger_than_one_may_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("demandport.graph.loading.MAX_NODES", 3)
+    graph, _ = apply(load(BASE), [{"op": "add_node", "node": _node("c")}], SPECS)
+    with pytest.raises(InvalidGraph, match="at most 3 nodes"):
+        apply(graph, [{"op": "add_node", "node": _node("d")}], SPECS)
+
+
+def test_to_clear_an_input_that_is_not_set_changes_nothing() -> None:
+    graph = load(BASE)
+    clear = [{"op": "clear_input", "node": "a", "port": "text"}]
+    after, changed = apply(graph, clear, SPECS)
+    assert changed == set()
+    after, _ = apply(after, [{"op": "set_input", "node": "a", "port": "text", "value": "y"}], SPECS)
+    after, changed = apply(after, clear, SPECS)
+    assert changed == {"a"} and not after.inputs.get("a")
+
+
 def test_a_cycle_is_named() -> None:
     graph = load({"nodes": [_node(i) for i in "abc"], "edges": [_edge(f"{s}{t}", s, t) for s, t in ("ab", "bc", "cb")]})
     assert find_cycle(graph) in (["b", "c", "b"], ["c", "b", "c"])

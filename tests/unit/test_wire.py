@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from demandport.errors import BadFrame, BadMessage, DemandportError, TypeMismatch
+from demandport.errors import BadFrame, BadMessage, DemandportError, TooLarge, TypeMismatch
 from demandport.wire import messages as m
 from demandport.wire.codec import Codec, EtfCodec, MsgpackCodec, codec_named
 from demandport.wire.connection import Connection, Farewell, Refused
@@ -389,6 +389,18 @@ def test_a_message_of_exactly_the_part_size_is_whole() -> None:
     fits = ["a", "x" * (100 - len(MsgpackCodec().encode(["a", "x" * 50])) + 50)]
     assert len(MsgpackCodec().encode(fits)) == 100
     assert outbox.put(fits) is not None
+
+
+def test_what_the_peer_does_not_accept_is_too_large_and_nothing_of_it_leaves() -> None:
+    outbox = Outbox(MsgpackCodec(), 100)
+    outbox.max_bytes = 2000
+    for large in ("x" * 2000, b"x" * (1 << 20), "ä" * (1 << 20)):
+        with pytest.raises(TooLarge) as refused:
+            outbox.put(["a", large], 9)
+        assert refused.value.details["max_frame_bytes"] == 2000 < refused.value.details["bytes"]
+    assert (outbox.waiting_bytes, outbox.next_frames()) == (0, [])
+    outbox.put(["a", "x" * 1990], 9)
+    assert _joined(_drained(outbox)) == [["a", "x" * 1990]]
 
 
 def test_every_error_has_its_wire_form() -> None:

@@ -8,7 +8,8 @@ defmodule DemandPort.Broadcaster do
       {:workflow_output, node, outputs}       exactly once at the end, or
       {:workflow_error, node, %DemandPort.Error{}}
 
-  in this order, by a process of its own. The adapter is `Phoenix.PubSub`, or anything with its `broadcast/3`; or
+  in this order, by a process of its own; with `events: true` also `{:workflow_event, session, event}`, as
+  `:node_event` is without a broadcast. Nothing is tagged: take a topic of its own for what is to be told apart. The adapter is `Phoenix.PubSub`, or anything with its `broadcast/3`; or
   `Registry`, whose `server` is a registry with `keys: :duplicate`, where a subscriber registers under the topic:
 
       {:ok, _} = Registry.start_link(keys: :duplicate, name: MyApp.Topics)

@@ -39,8 +39,22 @@ defmodule DemandPort.Cluster do
   has figures and limits. All nodes run one version of this library.
   """
 
-  alias DemandPort.{Connection, Delivery, Demand, Error, Graph, Lease, Load, Options, Pool, Relay, Session}
-  alias DemandPort.Cluster.{Inbox, Member}
+  alias DemandPort.{
+    Connection,
+    Delivery,
+    Demand,
+    Error,
+    Graph,
+    Inbox,
+    Lease,
+    Load,
+    Options,
+    Pool,
+    Relay,
+    Session
+  }
+
+  alias DemandPort.Cluster.Member
 
   @typedoc "The name of the scope that the nodes share."
   @type scope :: atom
@@ -71,15 +85,27 @@ defmodule DemandPort.Cluster do
   @spec start_link(keyword) :: Supervisor.on_start()
   def start_link(options) do
     options = Options.validate!(options, :"Cluster.start_link")
+
+    with {:ok, ports} <- ports(options), do: start_link(options, ports)
+  end
+
+  defp ports(options) do
+    case options[:pool] && Pool.members(options[:pool]) do
+      nil -> {:ok, options[:ports]}
+      {:error, error} -> {:error, error}
+      members -> {:ok, options[:ports] ++ members}
+    end
+  end
+
+  defp start_link(options, ports) do
     scope = options[:scope]
-    pooled = if options[:pool], do: Pool.members(options[:pool]), else: []
     member = Keyword.take(options, [:scope, :offers, :refresh_ms])
 
     # Without the scope's process, the groups are empty: the member joins again after it. What is open stays.
     children = [
       {Task.Supervisor, name: leases(scope)},
-      %{id: :pg, start: {:pg, :start_link, [scope]}},
-      {Member, member ++ [name: member(scope), ports: options[:ports] ++ pooled, timeout: @models_ms]}
+      %{id: :pg, start: {:pg, :start_link, [groups(scope)]}},
+      {Member, member ++ [groups: groups(scope), ports: ports, timeout: @models_ms]}
     ]
 
     Supervisor.start_link(children, strategy: :rest_for_one, name: Module.concat(scope, "Supervisor"))
@@ -90,7 +116,7 @@ defmodule DemandPort.Cluster do
   `refresh_ms`. Worth a call after `DemandPort.load_model/3`.
   """
   @spec refresh(scope) :: :ok
-  def refresh(scope), do: Member.refresh(member(scope))
+  def refresh(scope), do: Member.refresh(scope)
 
   @doc """
   The ports of the cluster that this node knows of, as pids; `model` and `offer` leave only those that have it.
@@ -137,8 +163,12 @@ defmodule DemandPort.Cluster do
   @spec demand_async(scope, map | Graph.t() | Path.t(), String.t(), keyword) ::
           {:ok, Demand.t()} | {:error, Error.t()}
   def demand_async(scope, graph, node, options \\ []) when is_binary(node) do
-    options = Options.validate!(options, :"Cluster.demand_async")
-    with {:ok, graph} <- Graph.to_wire(graph), do: {:ok, start(scope, graph, node, options)}
+    options = validated(options, :"Cluster.demand_async")
+    to = options |> Keyword.get(:to, self()) |> List.wrap()
+    delivery = %{delivery(node, options) | to: to, watch: to}
+
+    with {:ok, relay} <- start(scope, graph, delivery, options),
+         do: {:ok, %Demand{server: relay, session: delivery.session, node: node, ref: delivery.ref}}
   end
 
   @doc """
@@ -149,13 +179,9 @@ defmodule DemandPort.Cluster do
   @spec run(scope, map | Graph.t() | Path.t(), String.t(), keyword) ::
           {:ok, DemandPort.outputs()} | {:error, Error.t()}
   def run(scope, graph, node, options \\ []) when is_binary(node) do
-    options = Options.validate!(options, :"Cluster.run")
-    credit = if options[:on_stream], do: 64, else: 0
-
-    with {:ok, graph} <- Graph.to_wire(graph) do
-      inbox = Inbox.open(&start(scope, graph, node, options ++ [credit: credit, tag: &1]))
-      Inbox.outputs(inbox, options[:on_stream] || fn _node, _chunk -> :ok end, options[:timeout])
-    end
+    options = validated(options, :"Cluster.run")
+    begin = &begin(scope, graph, &1, options)
+    Inbox.outputs(delivery(node, options), begin, options[:on_stream], options[:timeout])
   end
 
   @doc """
@@ -166,47 +192,30 @@ defmodule DemandPort.Cluster do
   """
   @spec stream(scope, map | Graph.t() | Path.t(), String.t(), keyword) :: Enumerable.t()
   def stream(scope, graph, node, options \\ []) when is_binary(node) do
-    options = Options.validate!(options, :"Cluster.stream")
-
-    Stream.resource(
-      fn ->
-        case Graph.to_wire(graph) do
-          {:ok, graph} -> Inbox.open(&start(scope, graph, node, options ++ [tag: &1]))
-          {:error, error} -> raise error
-        end
-      end,
-      &Inbox.chunks(&1, options[:timeout]),
-      &Inbox.close/1
-    )
+    options = validated(options, :"Cluster.stream")
+    Inbox.stream(delivery(node, options), &begin(scope, graph, &1, options), options)
   end
 
   ## A graph that is wanted once
 
-  defp start(scope, graph, node, options) do
-    delivery = delivery(node, options)
-    choice = Keyword.take(options, [:model, :offer, :ask, :answer_ms])
-    opening = Options.validate!(options[:open], :open)
-    relay = Relay.start(delivery, &open_for(scope, graph, choice, opening, &1, &2), options[:retry])
-    %Demand{server: relay, session: delivery.session, node: node, ref: delivery.ref}
+  defp validated(options, function) do
+    options |> Options.validate!(function) |> Keyword.update!(:open, &Options.validate!(&1, :open))
   end
 
-  @sent ~w(deadline_ms priority coalesce_ms coalesce_bytes)a
+  # The session's name is found where it is opened.
+  defp delivery(node, options), do: Delivery.new("", node, options)
 
-  defp delivery(node, options) do
-    to = options |> Keyword.get(:to, self()) |> List.wrap()
+  # Its relay is on this node.
+  defp begin(scope, graph, delivery, options) do
+    with {:ok, relay} <- start(scope, graph, delivery, options), do: {:ok, relay, Process.monitor(relay)}
+  end
 
-    %Delivery{
-      ref: make_ref(),
-      # Its name is found where it is opened.
-      session: "",
-      node: node,
-      options:
-        for({name, value} <- Keyword.take(options, @sent), into: %{}, do: {Atom.to_string(name), value}),
-      window: options[:credit],
-      to: to,
-      watch: to,
-      tag: if(Keyword.has_key?(options, :tag), do: {:tag, options[:tag]}, else: :untagged)
-    }
+  defp start(scope, graph, delivery, options) do
+    choice = Keyword.take(options, [:model, :offer, :ask, :answer_ms])
+
+    with {:ok, graph} <- Graph.to_wire(graph) do
+      {:ok, Relay.start(delivery, &open_for(scope, graph, choice, options[:open], &1, &2), options[:retry])}
+    end
   end
 
   # Runs in a process of the relay.
@@ -234,7 +243,7 @@ defmodule DemandPort.Cluster do
   defp loaded(scope, options) do
     case options[:model] do
       nil -> []
-      model -> scope |> :pg.get_members({:model, model}) |> among(scope, options)
+      model -> scope |> groups() |> :pg.get_members({:model, model}) |> among(scope, options)
     end
   end
 
@@ -250,8 +259,8 @@ defmodule DemandPort.Cluster do
 
   defp offering(scope, options) do
     case Keyword.fetch(options, :offer) do
-      {:ok, offer} -> :pg.get_members(scope, {:offer, offer})
-      :error -> :pg.get_members(scope, :ports)
+      {:ok, offer} -> :pg.get_members(groups(scope), {:offer, offer})
+      :error -> :pg.get_members(groups(scope), :ports)
     end
   end
 
@@ -276,5 +285,6 @@ defmodule DemandPort.Cluster do
   end
 
   defp leases(scope), do: Module.concat(scope, "Leases")
-  defp member(scope), do: Module.concat(scope, "Member")
+  # The scope of :pg. The cluster's own name is its member's.
+  defp groups(scope), do: Module.concat(scope, "Groups")
 end

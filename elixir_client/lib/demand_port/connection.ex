@@ -30,7 +30,7 @@ defmodule DemandPort.Connection do
 
   import DemandPort.Connection.Requests
 
-  alias DemandPort.Connection.Data
+  alias DemandPort.Connection.{Data, Heir}
   alias DemandPort.{Delivery, Error, HostCalls, Launch, Msgpack, Protocol, Restore, Subscriptions, Telemetry}
 
   @client "demand_port/#{Mix.Project.config()[:version]} elixir"
@@ -126,7 +126,8 @@ defmodule DemandPort.Connection do
     # A flood of frames stays off this process's heap, where the garbage collector would copy it.
     Process.flag(:message_queue_data, :off_heap)
     {:ok, tasks} = Task.Supervisor.start_link()
-    data = %Data{options: options, tasks: tasks, protocol: Protocol.new(options[:max_frame_bytes])}
+    protocol = Protocol.new(options[:max_frame_bytes])
+    data = %Data{options: options, tasks: tasks, heir: Heir.start(), protocol: protocol}
 
     case launch(data) do
       {:ok, data} -> {:ok, :starting, data, start_actions(data)}
@@ -146,8 +147,7 @@ defmodule DemandPort.Connection do
 
   @doc false
   def starting(:state_timeout, :not_ready, data) do
-    Launch.kill(data.port)
-    lost(unavailable("the service was not ready within #{data.options[:start_timeout_ms]} ms"), data)
+    kill("the service was not ready within #{data.options[:start_timeout_ms]} ms", data)
   end
 
   def starting(type, content, data), do: common(type, content, data)
@@ -160,8 +160,7 @@ defmodule DemandPort.Connection do
 
   # Even one whose nodes hold it up answers pings: this one is stopped, or stuck in what cannot be interrupted.
   def ready({:timeout, :pulse}, :none, data) do
-    Launch.kill(data.port)
-    lost(unavailable("the service did not answer within #{data.options[:hang_timeout_ms]} ms"), data)
+    kill("the service did not answer within #{data.options[:hang_timeout_ms]} ms", data)
   end
 
   def ready({:timeout, :health}, :ask, data) do
@@ -196,8 +195,7 @@ defmodule DemandPort.Connection do
   end
 
   def draining(:state_timeout, :stuck, data) do
-    Launch.kill(data.port)
-    lost(unavailable("the service did not drain in its time"), data)
+    kill("the service did not drain in its time", data)
   end
 
   def draining(type, content, data), do: common(type, content, data)
@@ -245,6 +243,11 @@ defmodule DemandPort.Connection do
   end
 
   defp common({:call, from}, :info, data), do: {:keep_state, data, {:reply, from, {:ok, about(data)}}}
+
+  defp common({:call, from}, _for_a_pool_or_cluster, data) do
+    error = Error.new(:bad_message, "this is one port, and no pool or cluster: use DemandPort")
+    {:keep_state, data, {:reply, from, {:error, error}}}
+  end
 
   defp common(:cast, {:demand, delivery}, data) do
     case open_demand(data, delivery) do
@@ -332,7 +335,6 @@ defmodule DemandPort.Connection do
   defp common({:timeout, {:look, id}}, :again, data),
     do: {:keep_state, look_again(data, id), look_actions(data, id)}
 
-  # The next service is asked anew.
   # They begin anew when the next service is ready.
   defp common({:timeout, name}, _, _data) when name in [:health, :pulse], do: :keep_state_and_data
 
@@ -344,7 +346,15 @@ defmodule DemandPort.Connection do
   @impl true
   def terminate(reason, _state, data) do
     error = data.failure || unavailable("the connection stopped: #{inspect(reason, limit: 20)}")
-    Enum.each(data.owners, fn {_id, owner} -> fail(owner, error) end)
+
+    Enum.each(data.owners, fn {_id, owner} ->
+      forget(data, owner)
+      fail(owner, error)
+    end)
+
+    for name <- Subscriptions.sessions(data.subscriptions),
+        do: Subscriptions.close(data.subscriptions, name, error)
+
     reply_all(data.restarting, {:error, error})
     if data.port, do: close(data.port)
   end
@@ -356,6 +366,12 @@ defmodule DemandPort.Connection do
   end
 
   ## Losing the service, and the next one
+
+  # It is there and does not do what it should in its time.
+  defp kill(text, data) do
+    Launch.kill(data.port)
+    lost(unavailable(text), data)
+  end
 
   defp lost(error, data) do
     now = System.monotonic_time(:millisecond)
@@ -399,7 +415,7 @@ defmodule DemandPort.Connection do
         info: nil,
         protocol: Protocol.restarted(data.protocol, kept),
         hosts: HostCalls.restarted(data.hosts, sessions),
-        subscriptions: Subscriptions.restarted(data.subscriptions, sessions, subscribing)
+        subscriptions: Subscriptions.restarted(data.subscriptions, sessions, subscribing, error)
     }
   end
 
@@ -524,6 +540,9 @@ defmodule DemandPort.Connection do
     {:keep_state, data}
   end
 
+  defp replied({:restored, session}, {:ok, _}, data),
+    do: {:keep_state, %{data | subscriptions: Subscriptions.restored(data.subscriptions, session)}}
+
   defp replied({:restored, session}, {:error, error}, data),
     do: {:keep_state, not_restored(data, session, error)}
 
@@ -558,7 +577,7 @@ defmodule DemandPort.Connection do
     %{data | sessions: Map.update!(data.sessions, name, &Restore.edited(&1, operations))}
   end
 
-  defp noted({:closed, name}, {:ok, _}, data), do: forget_session(data, name)
+  defp noted({:closed, name}, {:ok, _}, data), do: forget_session(data, name, nil)
 
   defp noted({:subscribed, session, subscriber}, {:error, _}, data),
     do: unsubscribe(data, session, subscriber)
@@ -578,17 +597,16 @@ defmodule DemandPort.Connection do
   defp close_session_of(data, name),
     do: send_own(data, {:closing, name}, &Protocol.request(&1, "close", [name]))
 
-  defp forget_session(data, name) do
-    {subscribers, subscriptions} = Subscriptions.close(data.subscriptions, name)
+  defp forget_session(data, name, error) do
     kept = for {monitor, ^name} <- data.keepers, do: monitor
-    Enum.each(subscribers ++ kept, &Process.demonitor(&1, [:flush]))
+    Enum.each(kept, &Process.demonitor(&1, [:flush]))
 
     %{
       data
       | keepers: Map.drop(data.keepers, kept),
         sessions: Map.delete(data.sessions, name),
         open: MapSet.delete(data.open, name),
-        subscriptions: subscriptions,
+        subscriptions: Subscriptions.close(data.subscriptions, name, error),
         hosts: HostCalls.closed(data.hosts, name)
     }
   end
@@ -616,7 +634,7 @@ defmodule DemandPort.Connection do
 
   defp not_restored(data, session, error) do
     warn("the session #{session} could not be restored: #{Exception.message(error)}")
-    forget_session(data, session)
+    forget_session(data, session, error)
   end
 
   # A new service counts from 0 again.

@@ -31,6 +31,27 @@ defmodule DemandPort.Delivery do
 
   @type t :: %__MODULE__{}
 
+  @sent ~w(deadline_ms priority coalesce_ms coalesce_bytes)a
+
+  @doc "A demand as the options of a function say it, validated; who receives it is to be put in."
+  @spec new(String.t(), String.t() | [String.t()], keyword) :: t
+  def new(session, node, options) do
+    %__MODULE__{
+      ref: make_ref(),
+      session: session,
+      node: node,
+      options: to_wire(options),
+      window: options[:credit],
+      tag: if(Keyword.has_key?(options, :tag), do: {:tag, options[:tag]}, else: :untagged)
+    }
+  end
+
+  # The service's own default of `events` is false.
+  defp to_wire(options) do
+    sent = for {name, value} <- Keyword.take(options, @sent), into: %{}, do: {Atom.to_string(name), value}
+    if options[:events], do: Map.put(sent, "events", true), else: sent
+  end
+
   @doc "It was sent: its clock runs, and those who keep it alive are watched."
   @spec opened(t, Credit.window()) :: t
   def opened(delivery, window) do

@@ -33,6 +33,23 @@ defmodule DemandPort.Doctor do
   sys.exit(0 if importlib.util.find_spec(sys.argv[1]) else #{@absent})
   """
 
+  # As the service loads them: the built-in ones first, with which no other may share a name.
+  @nodes """
+  from importlib import import_module
+  from importlib.metadata import distributions
+  from demandport.nodes import BUILT_IN
+  for module in BUILT_IN:
+      import_module(module)
+  for package in distributions():
+      for entry in package.entry_points.select(group="demandport.nodes"):
+          try:
+              entry.load()
+              said = "loaded"
+          except BaseException as wrong:
+              said = " ".join(f"{type(wrong).__name__}: {wrong}".split())
+          print("\\nnodes", package.name, entry.value, package.locate_file(""), said, sep="\\t")
+  """
+
   @doc """
   Every finding, in order. What follows from one that is wrong is not looked at.
 
@@ -55,7 +72,7 @@ defmodule DemandPort.Doctor do
   end
 
   defp installed(options) do
-    packages(options) ++ source(options) ++ models(options) ++ folders()
+    packages(options) ++ source(options) ++ nodes(options) ++ models(options) ++ folders()
   end
 
   ## The interpreter
@@ -161,6 +178,42 @@ defmodule DemandPort.Doctor do
   defp other_version(version, own, file) do
     remedy = "take PYTHONPATH and python_path: away, or set them to the python/ of this version"
     wrong("demandport #{version} in #{Path.dirname(file)} is not of this version, #{own}", remedy)
+  end
+
+  ## Nodes of one's own
+
+  defp nodes(options) do
+    case probe(options, @nodes, []) do
+      {said, 0} ->
+        [looked(options) | for("nodes\t" <> line <- String.split(said, "\n"), do: loaded(line, options))]
+
+      # Of which something else is to be said: the package itself is not there.
+      _ ->
+        []
+    end
+  end
+
+  defp looked(options) do
+    {'PYTHONPATH', path} = options |> Launch.env() |> List.keyfind('PYTHONPATH', 0, {'PYTHONPATH', ''})
+    own = Launch.package_folder(options)
+
+    case String.split("#{path}", ":", trim: true) -- [own && Path.expand(own)] do
+      [] -> ok("nodes are looked for among the installed packages; PYTHONPATH and priv/python name no others")
+      folders -> ok("nodes are looked for in #{Enum.join(folders, ", ")}, and among the installed packages")
+    end
+  end
+
+  defp loaded(line, options) do
+    case String.split(line, "\t") do
+      [package, module, folder, "loaded"] ->
+        ok("nodes of #{package}: #{module} in #{folder}")
+
+      [package, module, folder, said] ->
+        remedy =
+          "mend it; the whole traceback: PYTHONPATH=#{folder} #{Launch.python(options)} -c 'import #{module}'"
+
+        wrong("the nodes of #{package} cannot be loaded: #{module} in #{folder}: #{said}", remedy)
+    end
   end
 
   defp models(options) do

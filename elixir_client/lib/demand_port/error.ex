@@ -97,7 +97,8 @@ defmodule DemandPort.Error do
   """
   @spec to_wire(term) :: %{String.t() => term}
   def to_wire(%__MODULE__{} = error) do
-    %{"code" => Atom.to_string(error.code), "message" => error.message, "details" => error.details}
+    fields = %{"code" => Atom.to_string(error.code), "message" => error.message, "details" => error.details}
+    if error.traceback, do: Map.put(fields, "traceback", error.traceback), else: fields
   end
 
   def to_wire(text) when is_binary(text) do

@@ -5,8 +5,8 @@ defmodule DemandPort.HostCalls do
   alias DemandPort.{Error, Host, Telemetry}
 
   @grace_ms 5_000
-  # Characters of what it says of a crash.
-  @longest_reason 10_000
+  # Characters of what it says of a crash, and of where it was.
+  @longest 10_000
 
   # hosts: session => host      calls: call id => call      monitors: monitor => call id
   # A service numbers its calls from 1, as the one before it did: `ref` tells an answer that comes late from one to the
@@ -28,13 +28,16 @@ defmodule DemandPort.HostCalls do
   def start(state, call, tasks) do
     case Map.fetch(state.hosts, call.session) do
       {:ok, host} ->
+        {inputs, call} = Map.pop!(call, :inputs)
         call = call |> Map.put(:ref, make_ref()) |> Map.put(:started, System.monotonic_time())
         Telemetry.execute([:host, :start], %{monotonic_time: call.started}, about(call))
         {:ok, pid} = Task.Supervisor.start_child(tasks, Host, :run, [host, call, self()], shutdown: @grace_ms)
         monitor = Process.monitor(pid)
-        # Only what is watched may crash: its reason would be lost.
-        send(pid, {:begin, call.ref})
-        call = call |> Map.delete(:inputs) |> Map.merge(%{pid: pid, monitor: monitor})
+
+        # Only what is watched may crash: its reason would be lost. A report of the crash shows what the process was
+        # started with, so the inputs come later.
+        send(pid, {:begin, call.ref, inputs})
+        call = Map.merge(call, %{pid: pid, monitor: monitor})
 
         {:ok,
          %{
@@ -93,11 +96,29 @@ defmodule DemandPort.HostCalls do
     {call_id, state}
   end
 
-  @spec crash(term) :: Error.t()
-  def crash(reason) do
-    text = reason |> Exception.format_exit() |> String.slice(0, @longest_reason)
-    Error.new(:node_failed, "the host's process ended: #{text}")
+  @doc "The error of a call whose process ended so: what was raised, as it is told of a node in Python."
+  @spec crash(reason :: term) :: Error.t()
+  def crash({raised, [{_module, _function, _arity, _location} | _] = stacktrace}) do
+    traceback = stacktrace |> Enum.map(&without_values/1) |> Exception.format_stacktrace() |> bounded()
+
+    case Exception.normalize(:error, raised, stacktrace) do
+      %Error{} = error -> %{error | traceback: traceback}
+      exception -> Error.new(:node_failed, bounded(said(exception)), traceback: traceback)
+    end
   end
+
+  def crash(reason),
+    do: Error.new(:node_failed, bounded("the host's process ended: #{Exception.format_exit(reason)}"))
+
+  defp said(exception), do: "#{inspect(exception.__struct__)}: #{Exception.message(exception)}"
+
+  # Where no clause matched, the arguments stand in the place of their number.
+  defp without_values({module, function, arguments, location}) when is_list(arguments),
+    do: {module, function, length(arguments), location}
+
+  defp without_values(entry), do: entry
+
+  defp bounded(text), do: String.slice(text, 0, @longest)
 
   @spec count(t) :: non_neg_integer
   def count(state), do: map_size(state.calls)

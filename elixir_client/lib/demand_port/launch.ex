@@ -13,7 +13,7 @@ defmodule DemandPort.Launch do
   @doc "Opens the port of a service, owned by the calling process."
   @spec open(keyword) :: {:ok, port} | {:error, Error.t()}
   def open(options) do
-    with {:ok, python} <- executable(options) do
+    with {:ok, python} <- executable(options), :ok <- folder(options[:cd]) do
       {:ok, Port.open({:spawn_executable, python}, port_options(options))}
     end
   rescue
@@ -57,6 +57,10 @@ defmodule DemandPort.Launch do
   @spec python_folder() :: Path.t() | nil
   def python_folder, do: packed("python") || existing(@repository_python)
 
+  @doc "The folder of the Python package that a service with these options has."
+  @spec package_folder(keyword) :: Path.t() | nil
+  def package_folder(options), do: options[:python_path] || python_folder()
+
   # Where DemandPort.Release put it.
   defp packed(path) do
     case :code.priv_dir(:demand_port) do
@@ -78,6 +82,13 @@ defmodule DemandPort.Launch do
       nil -> unavailable("no executable #{inspect(python)}; set the option :python or DEMAND_PORT_PYTHON")
       path -> {:ok, path}
     end
+  end
+
+  # The port would open, and end.
+  defp folder(nil), do: :ok
+
+  defp folder(path) do
+    if File.dir?(path), do: :ok, else: unavailable("no folder #{inspect(path)}; set the option :cd")
   end
 
   defp unavailable(text), do: {:error, Error.new(:backend_unavailable, text)}
@@ -106,7 +117,7 @@ defmodule DemandPort.Launch do
     given = Map.new(options[:env] || [])
 
     given
-    |> put_python_path(options[:python_path] || python_folder())
+    |> put_python_path(package_folder(options))
     |> Enum.map(fn {name, value} -> {to_charlist(name), variable(value)} end)
   end
 

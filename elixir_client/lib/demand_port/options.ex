@@ -74,9 +74,9 @@ defmodule DemandPort.Options do
       {:owner, :pid, :none, "a process whose death closes the session; default: none"},
       {:host, :host, :none, "a module of `DemandPort.Host` that runs nodes here, or `{module, arg}`"},
       {:host_types, :claims, :none,
-       "node types that the host runs, names or descriptors, or `:all`; default: what its module says"},
-      {:host_else, :claims, :none, "node types that the host runs where the service has none, or `:all`"},
-      {:host_timeout_ms, {:integer, 1}, :none, "time for an answer of the host; default five minutes"},
+       "node types that the `host` runs, names or descriptors, or `:all`; default: what its module says"},
+      {:host_else, :claims, :none, "node types that the `host` runs where the service has none, or `:all`"},
+      {:host_timeout_ms, {:integer, 1}, :none, "time for an answer of the `host`; default five minutes"},
       {:event_history, {:integer, 0}, :none, "events that are kept from the beginning on, for `subscribe/2`"},
       @timeout
     ],
@@ -112,7 +112,8 @@ defmodule DemandPort.Options do
        "pid, name or `{name, node}` that receives the messages, or a list of them; default: the caller. The demand " <>
          "is cancelled when the last of them has died"},
       {:broadcast, :broadcast, :none,
-       "`{adapter, server, topic}`: the messages are broadcast instead, see `DemandPort.Broadcaster`"},
+       "`{adapter, server, topic}`: the messages are broadcast instead, see `DemandPort.Broadcaster`; not beside `to` " <>
+         "or `tag`"},
       {:owner, :owner, :none,
        "the process whose death cancels the demand, or `:none`; default: the receivers, of a broadcast the caller"},
       {:tag, :any, :none, "each message arrives as `{tag, message}`"},
@@ -152,7 +153,7 @@ defmodule DemandPort.Options do
     ],
     "Pool.run": [@opening],
     "Cluster.start_link": [
-      {:scope, :atom, :required, "name of the `:pg` scope, the same on every node"},
+      {:scope, :atom, :required, "name of the cluster, the same on every node"},
       {:ports, {:list, :any}, [], "names of ports on this node that the cluster may use"},
       {:pool, :atom, :none,
        "a `DemandPort.Pool` on this node, started before, all of whose members it may use"},
@@ -187,31 +188,42 @@ defmodule DemandPort.Options do
     "Graph.connect": [{:id, :string, :none, "name of the edge, for edits; default: one made of its ends"}]
   }
 
+  # What an option is nothing without, and what it cannot stand beside.
+  @needed %{open: [host_types: :host, host_else: :host, host_timeout_ms: :host]}
+  @excluded %{demand_async: [to: :broadcast, tag: :broadcast]}
+
   @plain ~w(answer close edit set_input clear_input get_output snapshot health ping validate models info unsubscribe)a ++
            [:"Pool.info"]
   @functions Map.merge(@table, Map.new(@plain, &{&1, [@timeout]}))
 
   @doc "The options with defaults put in, or an `ArgumentError` that names the option, what it takes, and what it got."
   @spec validate!(keyword, function_name) :: keyword
-  def validate!(options, function) do
-    schema = Map.fetch!(@functions, function)
+  def validate!(options, function), do: checked!(options, Map.fetch!(@functions, function), function)
 
+  defp checked!(options, schema, function) do
     unless Keyword.keyword?(options),
       do: refuse("options of #{name(function)} must be a keyword list", options)
 
     Enum.each(options, &check!(&1, schema, function))
     Enum.each(schema, &given!(&1, options, function))
+    Enum.each(@needed[function] || [], &together!(&1, options, function))
+    Enum.each(@excluded[function] || [], &apart!(&1, options, function))
     Keyword.merge(defaults(schema), options)
   end
 
-  @doc "The options of one function and those it hands on to another, each validated."
+  @doc """
+  The options of one function and those it hands on to another, validated as what they are for the caller: its own.
+
+      iex> DemandPort.Options.split!([size: 1, cd: 5], :"Pool.start_link", :start_link)
+      ** (ArgumentError) option :cd of DemandPort.Pool.start_link must be a non-empty string; got: 5
+  """
   @spec split!(keyword, function_name, function_name) :: {own :: keyword, others :: keyword}
   def split!(options, function, other) do
-    unless Keyword.keyword?(options),
-      do: refuse("options of #{name(function)} must be a keyword list", options)
+    schema = Map.fetch!(@functions, function)
 
-    {own, others} = Keyword.split(options, Enum.map(Map.fetch!(@functions, function), &elem(&1, 0)))
-    {validate!(own, function), validate!(others, other)}
+    options
+    |> checked!(schema ++ Map.fetch!(@functions, other), function)
+    |> Keyword.split(Enum.map(schema, &elem(&1, 0)))
   end
 
   @doc "The options of a function as a Markdown list."
@@ -250,6 +262,20 @@ defmodule DemandPort.Options do
 
   defp given!(_optional, _options, _function), do: :ok
 
+  defp together!({option, other}, options, function) do
+    if Keyword.has_key?(options, option) and not Keyword.has_key?(options, other),
+      do: raise(ArgumentError, "option #{inspect(option)} of #{name(function)} needs #{inspect(other)}")
+  end
+
+  defp apart!({option, other}, options, function) do
+    if Keyword.has_key?(options, option) and Keyword.has_key?(options, other),
+      do:
+        raise(
+          ArgumentError,
+          "options #{inspect(option)} and #{inspect(other)} of #{name(function)} do not go together"
+        )
+  end
+
   defp refuse(text, value), do: raise(ArgumentError, "#{text}; got: #{inspect(value)}")
 
   defp name(function), do: "DemandPort.#{function}"
@@ -284,7 +310,7 @@ defmodule DemandPort.Options do
   defp fits?(:host, {module, _arg}), do: fits?(:host, module)
 
   defp fits?(:host, module),
-    do: is_atom(module) and module not in [nil, true, false] and Code.ensure_loaded?(module)
+    do: is_atom(module) and module not in [nil, true, false] and DemandPort.Host.valid?(module)
 
   defp fits?(:claims, value),
     do: value == :all or (is_list(value) and Enum.all?(value, &(is_binary(&1) or is_map(&1))))
@@ -322,7 +348,7 @@ defmodule DemandPort.Options do
   defp describe(:receivers), do: "a pid, a registered name, {name, node}, or a list of them"
   defp describe(:owner), do: "a pid, or :none"
   defp describe(:broadcast), do: "{adapter, server, topic} with an adapter that has broadcast/3, or Registry"
-  defp describe(:host), do: "a module, or {module, arg}"
+  defp describe(:host), do: "a module with handle_node/3, handle_tool/3 or handle_search/3, or {module, arg}"
   defp describe(:claims), do: "a list of names and descriptors, or :all"
   defp describe(:receiver), do: "a pid, a registered name, or {name, node}"
   defp describe(:env), do: "a list or map of names (strings) to values (strings, or nil)"

@@ -13,10 +13,10 @@ defmodule DemandPort.Pool do
 
   For a graph that is wanted once, `run/4` opens, demands and closes.
 
-      Supervisor (name)
-      ├─ leases      Task.Supervisor: a process for each session that `run/4` has open
-      ├─ roster      chooses
-      └─ name.1 …    the members, connections as `DemandPort.start_link/1` starts them
+      name.Supervisor
+      ├─ name.Leases   a process for each session that `run/4` has open
+      ├─ name          chooses
+      └─ name.1 …      the members, connections as `DemandPort.start_link/1` starts them
 
   A service that ends is started again by its connection, and a connection that gives up by the supervisor. What ran there
   ends with `:backend_unavailable`; the other members notice nothing.
@@ -50,7 +50,8 @@ defmodule DemandPort.Pool do
   @doc """
   Starts the pool. Returns at once: sessions are opened when their services are ready.
 
-  All other options are those of `DemandPort.start_link/1`, for every member.
+  All other options are those of `DemandPort.start_link/1`, for every member. `Supervisor.stop/1` of the pid that this
+  returns ends the pool; the pool's name is only the process that chooses.
 
   #{Options.docs(:"Pool.start_link")}
   """
@@ -61,27 +62,31 @@ defmodule DemandPort.Pool do
 
     children = [
       {Task.Supervisor, name: leases(own[:name])},
-      {Roster, name: roster(own[:name]), members: members}
+      {Roster, name: own[:name], members: members}
       | Enum.map(members, &{DemandPort, Keyword.put(shared, :name, &1)})
     ]
 
     # Each member may be restarted as often as if it were alone.
-    Supervisor.start_link(children, strategy: :one_for_one, max_restarts: 3 * own[:size], name: own[:name])
+    name = Module.concat(own[:name], "Supervisor")
+    Supervisor.start_link(children, strategy: :one_for_one, max_restarts: 3 * own[:size], name: name)
   end
 
   @doc "The members' names, by index; each is a port for the functions of `DemandPort`."
-  @spec members(t) :: [atom]
-  def members(pool), do: Roster.members(roster(pool))
+  @spec members(t) :: [atom] | {:error, Error.t()}
+  def members(pool), do: with({:ok, members} <- Roster.members(pool), do: members)
 
   @doc """
   What the members know of themselves, by index: `DemandPort.info/1` of each, or its error.
 
   #{Options.docs(:"Pool.info")}
   """
-  @spec info(t, keyword) :: [{member :: atom, {:ok, map} | {:error, Error.t()}}]
+  @spec info(t, keyword) :: [{member :: atom, {:ok, map} | {:error, Error.t()}}] | {:error, Error.t()}
   def info(pool, options \\ []) do
     options = Options.validate!(options, :"Pool.info")
-    for member <- members(pool), do: {member, DemandPort.info(member, options)}
+
+    with {:ok, members} <- Roster.members(pool) do
+      for member <- members, do: {member, DemandPort.info(member, options)}
+    end
   end
 
   @doc """
@@ -129,42 +134,39 @@ defmodule DemandPort.Pool do
   def restart(pool, options \\ []) do
     options = Options.validate!(options, :restart)
 
-    Enum.reduce_while(members(pool), :ok, fn member, :ok ->
-      case restart_member(roster(pool), member, options) do
-        :ok -> {:cont, :ok}
-        {:error, error} -> {:halt, {:error, error}}
-      end
-    end)
+    with {:ok, members} <- Roster.members(pool) do
+      Enum.reduce_while(members, :ok, fn member, :ok ->
+        case restart_member(pool, member, options) do
+          :ok -> {:cont, :ok}
+          {:error, error} -> {:halt, {:error, error}}
+        end
+      end)
+    end
   end
 
-  defp restart_member(roster, member, options) do
-    case Roster.hold(roster, member) do
-      {:ok, hold} ->
-        try do
-          DemandPort.restart(member, options)
-        after
-          Roster.release(roster, hold)
-        end
-
-      :held ->
-        {:error, Error.new(:draining, "the pool is being restarted already", retryable: true)}
+  defp restart_member(pool, member, options) do
+    with {:ok, hold} <- Roster.hold(pool, member) do
+      try do
+        DemandPort.restart(member, options)
+      after
+        Roster.release(pool, hold)
+      end
     end
   end
 
   defp on_member(pool, open) do
-    with {:ok, member, promise} <- Roster.take(roster(pool)) do
+    with {:ok, member, promise} <- Roster.take(pool) do
       try do
         open.(member)
       after
-        Roster.opened(roster(pool), promise)
+        Roster.opened(pool, promise)
       end
     end
   end
 
   @doc "The load of each member that answers, as the choice sees it: open demands, sessions and requests."
-  @spec loads(t) :: [{member :: atom, Load.t()}]
-  def loads(pool), do: pool |> members() |> Load.of(1_000)
+  @spec loads(t) :: [{member :: atom, Load.t()}] | {:error, Error.t()}
+  def loads(pool), do: with({:ok, members} <- Roster.members(pool), do: Load.of(members, 1_000))
 
-  defp roster(pool), do: Module.concat(pool, "Roster")
   defp leases(pool), do: Module.concat(pool, "Leases")
 end

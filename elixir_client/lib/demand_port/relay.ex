@@ -11,7 +11,8 @@ defmodule DemandPort.Relay do
     (retryable);
   - the connection watches the relay; when that or its node is gone, the demand is cancelled;
   - it ends with the first terminal message it delivers, so there is never a second, whatever else arrives;
-  - it looks into the receivers' mailboxes, as the connection does on its own node, and gives credit accordingly.
+  - it looks into the receivers' mailboxes, as the connection does on its own node, and gives credit accordingly; a
+    receiver that takes one message after the other says itself what it took.
 
   `DemandPort.demand_async/3` uses one for every session on another node; what the connection refuses then arrives as
   `:demand_error`. `DemandPort.Cluster` has its relays open the graph themselves, and again elsewhere if they may.
@@ -106,7 +107,7 @@ defmodule DemandPort.Relay do
         to: [relay],
         watch: [relay],
         tag: {:tag, ref},
-        stream: :consumed,
+        stream: if(delivery.stream == :never, do: :never, else: :consumed),
         window: window(delivery)
     }
   end
@@ -182,7 +183,7 @@ defmodule DemandPort.Relay do
     if monitors == %{}, do: abandoned(relay), else: {:noreply, %{relay | monitors: monitors}}
   end
 
-  def handle_info(:look, relay), do: {:noreply, give(%{relay | looking: false})}
+  def handle_info(:look, relay), do: {:noreply, look(%{relay | looking: false})}
 
   # Of an attempt before this one.
   def handle_info(_late, relay), do: {:noreply, relay}
@@ -196,6 +197,7 @@ defmodule DemandPort.Relay do
   end
 
   def handle_cast({:cancel, _ref}, relay), do: finish(cancelled(), relay)
+  def handle_cast({:consumed, _ref, n}, relay), do: {:noreply, give(relay, Credit.consumed(relay.credit, n))}
   def handle_cast({:abandon, _ref}, relay), do: leave(relay)
 
   ## On the way
@@ -210,7 +212,7 @@ defmodule DemandPort.Relay do
 
   defp forward({:node_stream, _, _} = message, relay) do
     Delivery.deliver(relay.delivery, message)
-    {:noreply, give(%{relay | streamed: true, credit: Credit.delivered(relay.credit)})}
+    {:noreply, look(%{relay | streamed: true, credit: Credit.delivered(relay.credit)})}
   end
 
   defp forward({:node_event, _, _} = message, relay) do
@@ -221,18 +223,19 @@ defmodule DemandPort.Relay do
   defp forward({:demand_complete, _, _} = message, relay), do: finish(message, relay)
   defp forward({:demand_error, _, error}, relay), do: failed(error, relay)
 
-  defp give(%{at: {:running, server, ref, _}} = relay) do
-    case grant(relay) do
-      {0, _credit} ->
-        look_again(relay)
+  # Who takes one after the other says what it took.
+  defp look(%{delivery: %{stream: :consumed}} = relay), do: relay
+  defp look(relay), do: relay |> give(grant(relay)) |> look_again()
 
-      {grant, credit} ->
-        Connection.consumed(server, ref, grant)
-        look_again(%{relay | credit: credit, pause: @look_again_ms})
-    end
+  defp give(%{at: {:running, server, ref, _}} = relay, {grant, credit}) when grant > 0 do
+    Connection.consumed(server, ref, grant)
+    %{relay | credit: credit, pause: @look_again_ms}
   end
 
-  defp give(relay), do: relay
+  defp give(%{at: {:running, _, _, _}} = relay, {0, credit}), do: %{relay | credit: credit}
+
+  # Nothing that was taken is of a demand that is yet to begin.
+  defp give(relay, _credit), do: relay
 
   defp grant(%{credit: credit, delivery: delivery}) do
     if Credit.due?(credit), do: Credit.grant(credit, Delivery.backlog(delivery)), else: {0, credit}

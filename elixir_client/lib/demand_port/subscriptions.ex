@@ -2,8 +2,14 @@ defmodule DemandPort.Subscriptions do
   @moduledoc false
   # Who hears the events of which session, and from which number on. The service has one subscription per session,
   # which begins at the least that anybody here still wants.
+  #
+  # What the service cannot say of a session is said here: that it is closed, or lost with its service, and that it goes on
+  # in a new one.
 
-  # sessions: name => %{subscriber => %{at, tag, kinds, monitor}}; at is nil until the service has said what comes next
+  alias DemandPort.Error
+
+  # sessions: name => %{subscriber => %{at, tag, kinds, monitor, lost}}; at is nil until the service has said what comes
+  # next, lost until the session goes on in a new service
   defstruct sessions: %{}
 
   @always ~w(task_failed demand_started demand_completed demand_failed missed)
@@ -15,7 +21,15 @@ defmodule DemandPort.Subscriptions do
   def add(state, session, subscriber, options) do
     {_, state} = remove(state, session, subscriber)
     at = options[:since]
-    entry = %{at: at, tag: options[:tag], kinds: options[:kinds], monitor: Process.monitor(subscriber)}
+
+    entry = %{
+      at: at,
+      tag: options[:tag],
+      kinds: options[:kinds],
+      monitor: Process.monitor(subscriber),
+      lost: false
+    }
+
     others = Map.get(state.sessions, session, %{})
     ats = for {_, %{at: at}} <- others, at != nil, do: at
     sessions = Map.put(state.sessions, session, Map.put(others, subscriber, entry))
@@ -67,11 +81,41 @@ defmodule DemandPort.Subscriptions do
     end)
   end
 
-  @doc "The session is closed; returns the monitors of those who heard it."
-  @spec close(t, String.t()) :: {[reference], t}
-  def close(state, session) do
-    {subscribers, sessions} = Map.pop(state.sessions, session, %{})
-    {Enum.map(subscribers, fn {_, entry} -> entry.monitor end), %{state | sessions: sessions}}
+  @doc "The session is closed, or lost with an error: the last that those who heard it are told."
+  @spec close(t, String.t(), Error.t() | nil) :: t
+  def close(state, session, error) do
+    state.sessions
+    |> Map.get(session, %{})
+    |> Enum.reduce(state, fn {subscriber, _entry}, state -> lose(state, session, subscriber, error) end)
+  end
+
+  defp lose(state, session, subscriber, error) do
+    tell(state.sessions[session][subscriber], subscriber, session, own_event("session_closed", error))
+    state |> remove(session, subscriber) |> elem(1)
+  end
+
+  @doc "The session is open in a new service."
+  @spec restored(t, String.t()) :: t
+  def restored(state, session) do
+    case state.sessions do
+      %{^session => all} ->
+        for {subscriber, %{lost: true} = entry} <- all,
+            do: tell(entry, subscriber, session, own_event("session_restored", nil))
+
+        put_in(state.sessions[session], Map.new(all, fn {pid, entry} -> {pid, %{entry | lost: false}} end))
+
+      _ ->
+        state
+    end
+  end
+
+  defp own_event(name, error) do
+    %{"event" => name, "node" => nil, "seq" => nil, "time_us" => nil, "error" => error && as_sent(error)}
+  end
+
+  # As the error of an event that the service sent.
+  defp as_sent(error) do
+    Map.merge(%{"node" => nil, "retryable" => error.retryable, "traceback" => nil}, Error.to_wire(error))
   end
 
   @spec sessions(t) :: [String.t()]
@@ -79,16 +123,17 @@ defmodule DemandPort.Subscriptions do
 
   @doc """
   There is a new service, whose events count from 0: in the sessions that are `restored` they come to everyone who heard
-  them, in the others to those alone whose `held` subscription is yet to be sent.
+  them, in the others to those alone whose `held` subscription is yet to be sent. The rest is told that the session is
+  lost, and by which error.
   """
-  @spec restarted(t, [String.t()], [{String.t(), pid}]) :: t
-  def restarted(state, restored, held) do
+  @spec restarted(t, [String.t()], [{String.t(), pid}], Error.t()) :: t
+  def restarted(state, restored, held, error) do
     Enum.reduce(state.sessions, state, fn {session, all}, state ->
       Enum.reduce(all, state, fn {subscriber, _entry}, state ->
         cond do
           {session, subscriber} in held -> state
-          session in restored -> put_in(state.sessions[session][subscriber].at, 0)
-          true -> state |> remove(session, subscriber) |> elem(1)
+          session in restored -> update_in(state.sessions[session][subscriber], &%{&1 | at: 0, lost: true})
+          true -> lose(state, session, subscriber, error)
         end
       end)
     end)
@@ -103,9 +148,7 @@ defmodule DemandPort.Subscriptions do
           Map.new(all, fn {subscriber, entry} ->
             # nil is more than any number.
             if seq >= entry.at do
-              if wanted?(event, entry.kinds),
-                do: send(subscriber, tagged(entry.tag, {:node_event, session, from(event, entry.at)}))
-
+              if wanted?(event, entry.kinds), do: tell(entry, subscriber, session, from(event, entry.at))
               {subscriber, %{entry | at: seq + 1}}
             else
               {subscriber, entry}
@@ -127,6 +170,9 @@ defmodule DemandPort.Subscriptions do
 
   defp wanted?(_event, nil), do: true
   defp wanted?(%{"event" => kind}, kinds), do: kind in kinds or kind in @always
+
+  defp tell(entry, subscriber, session, event),
+    do: send(subscriber, tagged(entry.tag, {:node_event, session, event}))
 
   defp tagged(nil, message), do: message
   defp tagged(tag, message), do: {tag, message}

@@ -1,6 +1,8 @@
 defmodule DemandPort.Telemetry do
   @moduledoc """
-  The `:telemetry` events of this library. Without the `telemetry` application nothing happens here.
+  The `:telemetry` events of this library. Without the `telemetry` application nothing happens here. Whether it is there is
+  looked up once, with the first event: it must be on the code path before the first connection starts, as every
+  dependency of an application is.
 
   Every name begins with `:demand_port`; times are in native units, as `System.monotonic_time/0` gives them.
   Each `:start` has one `:stop` or `:exception`, also where nobody waits any more. Handlers run in the connection's process.

@@ -1,6 +1,6 @@
 import Config
 
-# A secret of this run alone: whoever restarts the server reloads the page.
+# A secret of this run alone: when the server was restarted, open pages load themselves anew.
 config :chat, ChatWeb.Endpoint,
   adapter: Bandit.PhoenixAdapter,
   http: [ip: {127, 0, 0, 1}, port: String.to_integer(System.get_env("PORT", "4000"))],

@@ -20,12 +20,13 @@ GROUP = "demandport.nodes"
 log = logging.getLogger(__name__)
 
 
-def load_specs(modules: Iterable[str]) -> dict[str, NodeSpec]:
+def load_specs(modules: Iterable[str], left_out: list[str] | None = None) -> dict[str, NodeSpec]:
     """Import `modules` and the installed packages' entry points; returns every node type declared by then.
 
     A package whose module fails to import is logged and left out as a whole: it must not keep the service from
-    starting.
+    starting. Its name is added to `left_out`.
     """
+    left_out = [] if left_out is None else left_out
     for module in modules:
         importlib.import_module(module)
     for package, entry in _entry_points():
@@ -35,6 +36,7 @@ def load_specs(modules: Iterable[str]) -> dict[str, NodeSpec]:
         except BaseException:  # also SystemExit
             DECLARED.clear()
             DECLARED.update(before)
+            left_out.append(package)
             log.exception("the nodes of the package %s (%s) could not be loaded", package, entry.value)
     return dict(DECLARED)
 

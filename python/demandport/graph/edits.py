@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from demandport.errors import BadMessage, InvalidGraph, TypeMismatch, UnknownNode, UnknownPort
-from demandport.graph.loading import read_edge, read_node
+from demandport.graph.loading import check_size, read_edge, read_node
 from demandport.graph.model import Graph
 from demandport.graph.spec import NodeSpec, converter
 from demandport.graph.validation import require_runnable
@@ -31,6 +31,7 @@ def apply(graph: Graph, operations: list[Any], specs: Specs) -> tuple[Graph, set
     for index, operation in enumerate(operations):
         changed |= _OPERATIONS[operation["op"]][0](edited, operation, f"operations[{index}]", specs)
     if structural:
+        check_size(len(edited.nodes), len(edited.edges))
         require_runnable(edited, specs)
     return edited, changed
 
@@ -95,7 +96,10 @@ def _set_input(graph: Graph, operation: Operation, place: str, specs: Specs) -> 
 
 def _clear_input(graph: Graph, operation: Operation, place: str, specs: Specs) -> set[str]:
     node_id = _node_of(graph, operation, place)
-    graph.inputs.get(node_id, {}).pop(_port_of(graph, node_id, operation, place, specs), None)
+    port, given = _port_of(graph, node_id, operation, place, specs), graph.inputs.get(node_id, {})
+    if port not in given:
+        return set()
+    del given[port]
     return {node_id}
 
 

@@ -28,8 +28,7 @@ def load(data: Any) -> Graph:
     nodes, edges = body.get("nodes"), body.get("edges", [])
     if not isinstance(nodes, list) or not isinstance(edges, list):
         raise InvalidGraph("a graph has a list of nodes and a list of edges")
-    if len(nodes) > MAX_NODES or len(edges) > MAX_EDGES:
-        raise InvalidGraph(f"a graph has at most {MAX_NODES} nodes and {MAX_EDGES} edges")
+    check_size(len(nodes), len(edges))
     graph = Graph()
     for index, raw in enumerate(nodes):
         node = read_node(raw, f"nodes[{index}]")
@@ -42,6 +41,16 @@ def load(data: Any) -> Graph:
             raise InvalidGraph(f"edges[{index}]: there are two edges with the id {edge.id!r}")
         graph.add_edge(edge)
     return graph
+
+
+def check_size(nodes: int, edges: int) -> None:
+    """Refuse a graph of more nodes or edges than one may have.
+
+    Raises:
+        InvalidGraph: it is larger.
+    """
+    if nodes > MAX_NODES or edges > MAX_EDGES:
+        raise InvalidGraph(f"a graph has at most {MAX_NODES} nodes and {MAX_EDGES} edges")
 
 
 def read_node(raw: Any, place: str) -> Node:

@@ -23,6 +23,8 @@ class Problem:
     node: str | None = None
     port: str | None = None
     edge: str | None = None
+    #: Nothing of the graph may run.
+    fatal: bool = True
 
     def to_wire(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("code", "message", "hint", "node", "port", "edge")}
@@ -45,13 +47,13 @@ def problems_of(graph: Graph, specs: Mapping[str, NodeSpec]) -> list[Problem]:
 def require_runnable(graph: Graph, specs: Mapping[str, NodeSpec]) -> list[Problem]:
     """Refuse a graph that cannot be opened; returns the problems that only some demands would meet.
 
-    A missing input is such a one: `set_input` may give it later.
+    A missing input is such a one: `set_input` may give it later. So is a name in a node's data that is almost a port's.
 
     Raises:
         DemandportError: of the first problem's code, with all of them in ``details["problems"]``.
     """
     problems = problems_of(graph, specs)
-    fatal = [problem for problem in problems if problem.code != "missing_input"]
+    fatal = [problem for problem in problems if problem.fatal]
     if not fatal:
         return problems
     first = fatal[0]
@@ -104,7 +106,37 @@ def _check_node(graph: Graph, node: Node, specs: Mapping[str, NodeSpec], found: 
         elif port.required:
             message = f"the port {port.name!r} of {node.id!r} has no value"
             hint = f"connect it, set it by set_input, or give data.{port.name}"
-            found.append(Problem("missing_input", message, hint, node.id, port.name))
+            found.append(Problem("missing_input", message, hint, node.id, port.name, fatal=False))
+    if not spec.open_inputs and not node.data.keys() <= spec.inputs.keys():
+        _check_names(node, spec, found)
+
+
+def _check_names(node: Node, spec: NodeSpec, found: list[Problem]) -> None:
+    """Data may hold anything beside the ports' values, so a name is a problem only where it is another's in disguise:
+    ``maxTokens``, ``temprature``."""
+    free = {_plain(port): port for port in spec.inputs if port not in node.data}
+    for name in node.data:
+        near = None if name in spec.inputs else _nearest(_plain(name), free)
+        if near is not None:
+            message = f"data.{name} of {node.id!r} is no port, and has no effect"
+            hint = f"did you mean {near!r}?"
+            found.append(Problem("unknown_port", message, hint, node.id, name, fatal=False))
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
+
+
+def _nearest(name: str, free: Mapping[str, str]) -> str | None:
+    if name in free:
+        return free[name]
+    # Few names begin alike and are as long, and the others need no closer look, which takes long.
+    like = [plain for plain in free if plain[:1] == name[:1] and abs(len(plain) - len(name)) <= 2]
+    if not like or len(name) < 4:
+        return None
+    from difflib import get_close_matches
+
+    return next((free[plain] for plain in get_close_matches(name, like, 1, 0.85)), None)
 
 
 def _check_value(node: Node, port: Port, found: list[Problem]) -> None:

@@ -40,7 +40,8 @@ class ModelSpec:
         backend: ``llama.cpp`` (embedded), ``llama-server``, ``openai`` (any server of that API), ``ollama``.
         context_length: tokens of context; None: what the model was trained with, at most 4096.
         gpu_layers: layers to put on a GPU; 0: none, -1: all.
-        threads: threads that compute; None: one per core (one alone for a model too small to share out).
+        threads: threads that compute; None: one per core, and one alone where that is faster (a model too small to
+            share out; other programs take the cores).
         replicas: how many workers run it at once. balance: how one is chosen, ``least_loaded`` or ``round_robin``.
         mmproj: the file of a vision model's projector. binary: the llama-server program. arguments: more for it.
         url: where the server is; for openai up to and including ``/v1``.

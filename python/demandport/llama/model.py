@@ -10,6 +10,7 @@ import functools
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from demandport.inference.backend import Operation
 from demandport.inference.gguf import read_metadata
 from demandport.llama.batch import Batch
 from demandport.llama.log import start_library
+from demandport.llama.threads import ThreadChoice
 
 DEFAULT_CONTEXT_LENGTH = 4096
 #: Most tokens in one decode. Small chunks let a cancel through soon.
@@ -44,7 +46,8 @@ class Model:
         context_length: tokens that one sequence may have; None: what the model was trained with, at most
             `DEFAULT_CONTEXT_LENGTH`.
         gpu_layers: layers to put on a GPU; -1: all.
-        threads: threads that compute; None: one per core that this process may use, one for a very small model.
+        threads: threads that compute; None: one per core that this process may use, and one alone where that is
+            faster: for a very small model, and while others take the cores.
         sequences: most sequences at a time; they share `cells`, as many for each while there are few.
         purpose: ``generate``, or ``embed`` or ``rerank``: then its outputs are vectors, or scores, of sequences.
         progress: called with 0.0 to 1.0 while it loads.
@@ -127,6 +130,7 @@ class Model:
             raise ModelLoadFailed(f"{self.path} says that it was trained with more than {2**31 - 1} tokens of context")
         wanted = context_length or min(self.training_context or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH)
         self.threads = threads or self._default_threads()
+        self._choice = None if threads else ThreadChoice(self.threads)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = max(wanted, min(wanted * sequences, SHARED_CELLS))
         params.n_batch = params.n_ubatch = BATCH_TOKENS
@@ -285,11 +289,22 @@ class Model:
             OutOfMemory: there is no room for it in the context.
             Internal: llama.cpp fails.
         """
-        status = llama_cpp.llama_decode(self.context, self.batch.handle)
+        status = self._compute()
         if status == 1:
             raise OutOfMemory(f"no room in the context of {self.context_length} tokens")
         if status:
             raise Internal(f"llama.cpp cannot decode: {self._route.last_error or status}")
+
+    def _compute(self) -> int:
+        choice = self._choice
+        if choice is None or choice.most == 1:
+            return int(llama_cpp.llama_decode(self.context, self.batch.handle))
+        threads, started, given = choice.now, time.perf_counter(), time.process_time()
+        status = int(llama_cpp.llama_decode(self.context, self.batch.handle))
+        choice.took(self.batch.size, time.perf_counter() - started, time.process_time() - given)
+        if choice.now != threads:
+            llama_cpp.llama_set_n_threads(self.context, choice.now, choice.now)
+        return status
 
     def forget(self, sequence: int, start: int = -1) -> bool:
         """Free the cells of a sequence, from position `start` on if it is given.

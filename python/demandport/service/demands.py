@@ -13,7 +13,7 @@ from demandport.engine.cell import Cell
 from demandport.engine.demand import Demand, cached_meta
 from demandport.engine.session import Session
 from demandport.engine.slots import Slots
-from demandport.errors import BadMessage, Cancelled, DeadlineExceeded, DemandportError, Draining, Internal, TypeMismatch
+from demandport.errors import BadMessage, Cancelled, DeadlineExceeded, DemandportError, Draining, Internal
 from demandport.ids import DemandId
 from demandport.service.many import ManySink
 from demandport.service.sessions import Sessions
@@ -134,7 +134,7 @@ class Demands:
     def send(self, message: list[Any], lane: int = 0) -> None:
         try:
             self._way.send(message, lane)
-        except TypeMismatch as wrong:
+        except DemandportError as wrong:
             self._send_instead(message, lane, wrong)
 
     def stream_ended(self, stream: Stream) -> None:
@@ -172,7 +172,7 @@ class Demands:
         assert isinstance(sink, WireSink)
         self._running.pop(sink.id, None)
 
-    def _send_instead(self, message: list[Any], lane: int, wrong: TypeMismatch) -> None:
+    def _send_instead(self, message: list[Any], lane: int, wrong: DemandportError) -> None:
         kind, node = message[0], message[1]
         if kind == "node_event":
             known = {key: message[2].get(key) for key in ("event", "node", "seq", "time_us")}

@@ -21,12 +21,7 @@ import anyio.abc
 from demandport import __version__
 from demandport.engine.executor import Executor
 from demandport.engine.registry import hash_of
-from demandport.errors import (
-    Cancelled,
-    DemandportError,
-    Internal,
-    TypeMismatch,
-)
+from demandport.errors import Cancelled, DemandportError, Internal
 from demandport.graph.loading import load
 from demandport.graph.spec import NodeSpec
 from demandport.graph.validation import problems_of
@@ -161,7 +156,7 @@ class Service:
         self._connection.finish(id)
         try:
             self.send(["ok", id, result])
-        except TypeMismatch as wrong:
+        except DemandportError as wrong:
             self.send(["error", id, wrong.to_wire()])
 
     def _error(self, id: int, error: DemandportError) -> None:
@@ -188,7 +183,7 @@ class Service:
     # ----------------------------------------------------------------------------------- way out
 
     def send(self, message: list[Any], lane: int = 0) -> None:
-        """Send a message; those of one lane (a demand) keep their order. Raises `TypeMismatch`."""
+        """Send a message; those of one lane (a demand) keep their order. Raises `TypeMismatch`, `TooLarge`."""
         data = self._outbox.put(message, lane)
         if data is None:
             self._writer.wake()
@@ -284,6 +279,7 @@ class Service:
         if message.options.part_bytes is not None:
             self._outbox.part_bytes = message.options.part_bytes
         if message.options.max_frame_bytes is not None:
+            self._outbox.max_bytes = message.options.max_frame_bytes
             self._outbox.part_bytes = min(self._outbox.part_bytes, message.options.max_frame_bytes - 64)
         return {"protocol": m.PROTOCOL, "features": FEATURES}
 

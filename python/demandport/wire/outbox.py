@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+from demandport.errors import TooLarge
 from demandport.wire.codec import Codec, Pieces
 from demandport.wire.framing import frame
 
@@ -22,11 +23,15 @@ class Outbox:
     Args:
         codec: how payloads are written.
         part_bytes: payloads larger than this travel in parts.
+
+    Attributes:
+        max_bytes: the largest payload that the peer accepts, its parts joined; None: any.
     """
 
     def __init__(self, codec: Codec, part_bytes: int = PART_BYTES) -> None:
         self._codec = codec
         self.part_bytes = part_bytes
+        self.max_bytes: int | None = None
         self._lanes: deque[_Lane] = deque()
         self._lane_of: dict[int, _Lane] = {}
         self._number = 0
@@ -40,16 +45,21 @@ class Outbox:
 
         Raises:
             TypeMismatch: a value in it cannot travel.
+            TooLarge: the peer does not accept so large a message.
         """
         payload = self._codec.pieces(message)
-        if type(payload) is Pieces:
-            self._queue(payload, lane, True)
+        if type(payload) is bytes and len(payload) <= self.part_bytes:
+            if lane not in self._lane_of:
+                return frame(payload)
+            self._queue(payload, len(payload), lane, False)
             return None
-        assert type(payload) is bytes
-        large = len(payload) > self.part_bytes
-        if not large and lane not in self._lane_of:
-            return frame(payload)
-        self._queue(payload, lane, large)
+        size = payload.size if isinstance(payload, Pieces) else len(payload)
+        if self.max_bytes is not None and size > self.max_bytes:
+            raise TooLarge(
+                f"a message of {size} bytes is over the {self.max_bytes} that the host accepts (max_frame_bytes)",
+                details={"bytes": size, "max_frame_bytes": self.max_bytes},
+            )
+        self._queue(payload, size, lane, True)
         return None
 
     def next_frames(self) -> list[bytes]:
@@ -65,14 +75,13 @@ class Outbox:
         self.waiting_bytes -= len(taken)
         return [taken]
 
-    def _queue(self, payload: bytes | Pieces, key: int, large: bool) -> None:
+    def _queue(self, payload: bytes | Pieces, size: int, key: int, large: bool) -> None:
         lane = self._lane_of.get(key) if key else None
         if lane is None:
             lane = _Lane(key)
             self._lanes.append(lane)
             if key:
                 self._lane_of[key] = lane
-        size = payload.size if isinstance(payload, Pieces) else len(payload)
         lane.payloads.append((payload, size, large))
         self.waiting_bytes += size
 

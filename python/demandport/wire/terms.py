@@ -15,7 +15,7 @@ LARGE = 1 << 20
 ETF_EXT_TYPE = 69
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ErlangTerm:
     """A term of the host's that nodes pass on but cannot look into: an atom, tuple, pid, reference or large integer.
 
@@ -24,6 +24,10 @@ class ErlangTerm:
     """
 
     etf: bytes
+
+    def __repr__(self) -> str:
+        """As messages for people show it."""
+        return f"<a term of Erlang's, {len(self.etf)} bytes>"
 
 
 def check_depth(value: Any) -> None:

@@ -3,22 +3,25 @@ defmodule DemandPort.Cluster.Member do
   # Says what this node has to offer: it puts its ports into the process groups of the scope, and takes them out again.
   # Groups: :ports has all, {:offer, term} those that offer it, {:model, name} those that have the model loaded.
   #
+  # It has the scope's name, and says to who takes that for a port what it is.
+  #
   # :pg tells the other nodes, and only when something changes; the ports of a node that is gone leave by themselves.
 
   use GenServer
 
-  # joined: name of a port => {pid, groups}
-  defstruct [:scope, :ports, :offers, :refresh_ms, :timeout, joined: %{}]
+  alias DemandPort.NoPort
+
+  # scope: the cluster's    groups: where its process groups are    joined: name of a port => {pid, groups}
+  defstruct [:scope, :groups, :ports, :offers, :refresh_ms, :timeout, joined: %{}]
 
   @spec start_link(keyword) :: GenServer.on_start()
   def start_link(options) do
-    {name, options} = Keyword.pop!(options, :name)
-    GenServer.start_link(__MODULE__, options, name: name)
+    GenServer.start_link(__MODULE__, options, name: options[:scope])
   end
 
   @doc "Looks at the ports and their models now; returns once this node has it in its groups."
   @spec refresh(GenServer.server()) :: :ok
-  def refresh(member), do: GenServer.call(member, :refresh, :infinity)
+  def refresh(scope), do: GenServer.call(scope, :refresh, :infinity)
 
   @impl true
   def init(options), do: {:ok, struct!(__MODULE__, options), {:continue, :refresh}}
@@ -28,6 +31,15 @@ defmodule DemandPort.Cluster.Member do
 
   @impl true
   def handle_call(:refresh, _from, state), do: {:reply, :ok, refresh_ports(state, &all_groups/3)}
+  def handle_call(_for_a_port, _from, state), do: {:reply, {:error, no_port(state)}, state}
+
+  @impl true
+  def handle_cast(for_a_port, state) do
+    NoPort.cast(for_a_port, no_port(state))
+    {:noreply, state}
+  end
+
+  defp no_port(state), do: NoPort.error(state.scope, :cluster)
 
   @impl true
   def handle_info(:refresh, state), do: {:noreply, state |> refresh_ports(&all_groups/3) |> again()}
@@ -53,8 +65,8 @@ defmodule DemandPort.Cluster.Member do
       pid ->
         before = joined(state, port, pid)
         now = groups.(state, pid, before)
-        Enum.each(now -- before, &:pg.join(state.scope, &1, pid))
-        Enum.each(before -- now, &:pg.leave(state.scope, &1, pid))
+        Enum.each(now -- before, &:pg.join(state.groups, &1, pid))
+        Enum.each(before -- now, &:pg.leave(state.groups, &1, pid))
         %{state | joined: Map.put(state.joined, port, {pid, now})}
     end
   end

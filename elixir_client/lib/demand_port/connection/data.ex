@@ -8,15 +8,17 @@ defmodule DemandPort.Connection.Data do
   # sessions: name => what it takes to open it again      open: names of the sessions that are
   # keepers:  monitor reference of a session's owner => its name
   # downs:    when services were lost, the latest first
+  # heir:     table of those who are to be told should this process be killed
 
   alias DemandPort.{HostCalls, Subscriptions}
 
-  @enforce_keys [:options, :tasks]
+  @enforce_keys [:options, :tasks, :heir]
   defstruct [
     :port,
     :protocol,
     :options,
     :tasks,
+    :heir,
     :started,
     :failure,
     :info,

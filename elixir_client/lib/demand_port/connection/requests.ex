@@ -6,7 +6,7 @@ defmodule DemandPort.Connection.Requests do
   require Logger
 
   alias DemandPort.{Delivery, Error, Protocol}
-  alias DemandPort.Connection.Data
+  alias DemandPort.Connection.{Data, Heir}
 
   @type id :: pos_integer
   @type build :: (Protocol.t() -> {:ok, id, binary, Protocol.t()} | {:error, Error.t()})
@@ -20,6 +20,7 @@ defmodule DemandPort.Connection.Requests do
 
     with {:ok, id, data} <- open(data, &to_wire(&1, delivery, window)) do
       delivery = delivery |> broadcast(data.tasks) |> Delivery.opened(window)
+      Heir.note(data.heir, delivery)
 
       {:ok,
        %{
@@ -195,6 +196,7 @@ defmodule DemandPort.Connection.Requests do
   @doc "Nobody is watched, and no reference found, for that owner any more."
   @spec forget(Data.t(), term) :: Data.t()
   def forget(data, {:demand, delivery}) do
+    Heir.forget(data.heir, delivery)
     data = unwatch(data, delivery)
     %{data | refs: Map.delete(data.refs, delivery.ref)}
   end

@@ -25,10 +25,14 @@ defmodule DemandPort.Graph.Loading do
     {:invalid_graph, message, fields} -> {:error, Error.new(:invalid_graph, message, fields)}
   end
 
-  @doc "The id of an edge that was given none, made of its ends as the service makes it."
+  @doc "The id of an edge with string keys: where it was given none, made of its ends as the service makes it."
   @spec edge_id(map) :: String.t()
+  def edge_id(%{"id" => id}) when is_binary(id) and id != "", do: id
+
   def edge_id(edge) do
-    edge["id"] || "#{edge["source"]}.#{edge["source_handle"]}->#{edge["target"]}.#{edge["target_handle"]}"
+    from = edge["source_handle"] || edge["sourceHandle"]
+    to = edge["target_handle"] || edge["targetHandle"]
+    "#{edge["source"]}.#{from}->#{edge["target"]}.#{to}"
   end
 
   # A map with its keys as strings.

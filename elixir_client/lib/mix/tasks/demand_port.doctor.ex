@@ -8,8 +8,12 @@ defmodule Mix.Tasks.DemandPort.Doctor do
       mix demand_port.doctor --extras llama      # models are wanted too
 
   It looks at the Python that `DemandPort.start_link/1` would take, its version, its packages, the folder of the
-  package `demandport`, llama-cpp-python, the folders that the environment names; then it starts a service, asks it for
+  package `demandport`, the packages with nodes of one's own, llama-cpp-python, the folders that the environment names; then it starts a service, asks it for
   its node types, and runs a node. The exit status is 1 when something is wrong.
+
+  Nodes are looked for in `priv/python` of this project, where `mix demand_port.gen.node` writes them, in the folders that
+  `PYTHONPATH` names, and among the packages that are installed. What an application gives its service by `env:`, the
+  doctor does not know.
 
   ## Options
 
@@ -27,10 +31,23 @@ defmodule Mix.Tasks.DemandPort.Doctor do
     if rest != [], do: Mix.raise("demand_port.doctor takes options only, not #{Enum.join(rest, " ")}")
     # config :demand_port, :python may stand in runtime.exs
     Mix.Task.run("app.config")
-    findings = options |> Keyword.update(:extras, [], &Venv.extras!/1) |> Doctor.findings()
+
+    findings =
+      options |> Keyword.update(:extras, [], &Venv.extras!/1) |> with_own_nodes() |> Doctor.findings()
+
     Enum.each(findings, &print/1)
     if Doctor.wrong?(findings), do: exit({:shutdown, 1})
   end
+
+  defp with_own_nodes(options) do
+    own = Path.expand("priv/python")
+
+    if File.dir?(own),
+      do: Keyword.put(options, :env, [{"PYTHONPATH", Enum.join([own | inherited()], ":")}]),
+      else: options
+  end
+
+  defp inherited, do: "PYTHONPATH" |> System.get_env("") |> String.split(":", trim: true)
 
   defp print({status, what, remedy}) do
     Mix.shell().info([mark(status), " ", what])

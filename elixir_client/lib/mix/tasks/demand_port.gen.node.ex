@@ -14,7 +14,7 @@ defmodule Mix.Tasks.DemandPort.Gen.Node do
       test/python/test_word_count.py             its test
       test/python/conftest.py                    lets the tests find the nodes
 
-  of which those that are there already are kept. The service finds the nodes when `priv/python` is on its search path:
+  Where the node or its test is there already, it asks before it writes over them; the others are kept. The service finds the nodes when `priv/python` is on its search path:
 
       {DemandPort, env: [{"PYTHONPATH", Application.app_dir(:my_app, "priv/python")}]}
 
@@ -26,7 +26,7 @@ defmodule Mix.Tasks.DemandPort.Gen.Node do
   ## Options
 
   * `--root DIR`: the project's folder; default: this one.
-  * `--force`: writes over a node of that name.
+  * `--force`: writes over a node of that name, and its test, without asking.
   """
 
   use Mix.Task
@@ -35,6 +35,18 @@ defmodule Mix.Tasks.DemandPort.Gen.Node do
 
   @keywords ~w(and as assert async await break class continue def del elif else except finally for from global if import
                in is lambda nonlocal not or pass raise return try while with yield)
+
+  # A package that declares one of these is left out by the service as a whole.
+  @built_in ~w(audio-input audio-output boolean-input component-preview conditional embedding expand-settings
+               http-request human-input image-input image-output json-filter kv-cache-load kv-cache-save
+               kv-cache-truncate linked-input llamacpp-inference llm-inference map masked-text-input merge model-provider
+               number-input ollama-inference process puma-lib rag-search read-file reranker selection-input template
+               text-input text-output tool-executor tool-loop unload-model validator vector-input vector-output
+               vision-analysis write-file)
+
+  @doc "The node types that the service has by itself; no other node can have their names."
+  @spec built_in() :: [String.t()]
+  def built_in, do: @built_in
 
   @impl true
   def run(arguments) do
@@ -48,6 +60,9 @@ defmodule Mix.Tasks.DemandPort.Gen.Node do
     cond do
       name in @keywords ->
         Mix.raise("#{name} is a word of Python's own: choose another name")
+
+      name in @built_in ->
+        Mix.raise("#{name} is a node type that the service has already: choose another name")
 
       name =~ ~r/\A[a-z][a-z0-9]*([-_][a-z0-9]+)*\z/ ->
         name
@@ -138,13 +153,9 @@ defmodule Mix.Tasks.DemandPort.Gen.Node do
 
   defp test_text(names) do
     ~s'''
-    """The node type `#{names.node_type}`: as a function, by its ports, and in a graph."""
+    """The node type `#{names.node_type}`: as a function, by its ports, and as a demand runs it."""
 
-    import json
-    import os
-    import subprocess
-    import sys
-
+    from demandport.testing import run_node
     from #{names.package}.#{names.module} import #{names.module}
 
 
@@ -159,20 +170,8 @@ defmodule Mix.Tasks.DemandPort.Gen.Node do
         assert {name: port.type for name, port in spec.outputs.items()} == {"output": "string"}
 
 
-    def test_in_a_graph(tmp_path):
-        graph = {
-            "nodes": [
-                {"id": "in", "node_type": "text-input", "data": {"text": "ab"}},
-                {"id": "it", "node_type": "#{names.node_type}", "data": {"times": 3}},
-            ],
-            "edges": [{"source": "in", "target": "it", "target_handle": "text"}],
-        }
-        file = tmp_path / "graph.json"
-        file.write_text(json.dumps(graph))
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-m", "demandport", "run", str(file), "it"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
-        assert (done.returncode, done.stdout) == (0, "output: ababab\\n"), done.stderr
+    def test_a_demand():
+        assert run_node("#{names.node_type}", {"text": "ab"}, data={"times": 3}).outputs == {"output": "ababab"}
     '''
   end
 end

@@ -10,6 +10,7 @@ defmodule Chat.Application do
       ChatWeb.Endpoint
     ]
 
-    Supervisor.start_link(children, strategy: :rest_for_one, name: Chat.Supervisor)
+    # Not :rest_for_one: each question opens a session of its own, so pages outlive the port.
+    Supervisor.start_link(children, strategy: :one_for_one, name: Chat.Supervisor)
   end
 end

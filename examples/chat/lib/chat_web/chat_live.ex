@@ -8,6 +8,7 @@ defmodule ChatWeb.ChatLive do
   """
   use Phoenix.LiveView
 
+  alias Phoenix.LiveView.JS
   alias Phoenix.PubSub
 
   @impl true
@@ -29,29 +30,39 @@ defmodule ChatWeb.ChatLive do
     end
   end
 
-  def handle_event("cancel", %{"id" => id}, socket) do
-    with %{^id => {_session, demand}} <- socket.assigns.asked, do: DemandPort.cancel(demand)
+  def handle_event("cancel", _params, socket) do
+    for {_id, {_session, demand}} <- socket.assigns.asked, do: DemandPort.cancel(demand)
     {:noreply, socket}
   end
 
+  # Tasks open and close: both wait for the service, which may just be starting, and the page does not.
   defp ask(socket, question) do
     id = "answer-#{Base.encode16(:crypto.strong_rand_bytes(6), case: :lower)}"
-    socket = tell(socket, {:asked, id, question})
+    page = self()
 
-    with {:ok, session} <- DemandPort.open(Chat.Port, graph(id, question), owner: self()),
+    socket
+    |> tell({:asked, id, question})
+    |> start_async({:open, id}, fn -> DemandPort.open(Chat.Port, graph(id, question), owner: page) end)
+  end
+
+  @impl true
+  def handle_async({:open, id}, {:ok, opened}, socket) do
+    with {:ok, session} <- opened,
          {:ok, demand} <- DemandPort.demand_async(session, id, delivery(socket.assigns.room)) do
-      update(socket, :asked, &Map.put(&1, id, {session, demand}))
+      {:noreply, update(socket, :asked, &Map.put(&1, id, {session, demand}))}
     else
-      {:error, error} -> tell(socket, {:workflow_error, id, error})
+      {:error, error} -> {:noreply, tell(socket, {:workflow_error, id, error})}
     end
   end
+
+  def handle_async({:close, _id}, _closed, socket), do: {:noreply, socket}
 
   # Text that a browser can show comes thirty times a second, however fast the model is.
   defp delivery(nil), do: [coalesce_ms: 33]
   defp delivery(room), do: [coalesce_ms: 33, broadcast: {PubSub, Chat.PubSub, topic(room)}]
 
   defp graph(id, question) do
-    data = %{model_path: System.get_env("MODEL", "tiny"), prompt: question, max_tokens: 400}
+    data = %{model_path: System.get_env("MODEL", "tiny"), prompt: question, max_tokens: 256}
     %{nodes: [%{id: id, node_type: "llamacpp-inference", data: data}], edges: []}
   end
 
@@ -101,8 +112,13 @@ defmodule ChatWeb.ChatLive do
   end
 
   defp over(socket, id) do
-    with %{^id => {session, _demand}} <- socket.assigns.asked, do: DemandPort.close(session)
-    update(socket, :asked, &Map.delete(&1, id))
+    {asked, others} = Map.pop(socket.assigns.asked, id)
+    socket = assign(socket, asked: others)
+
+    case asked do
+      {session, _demand} -> start_async(socket, {:close, id}, fn -> DemandPort.close(session) end)
+      nil -> socket
+    end
   end
 
   @impl true
@@ -113,20 +129,27 @@ defmodule ChatWeb.ChatLive do
       What you ask here, you alone see. <a href="/rooms/lobby">Open a room</a>
       in two tabs: both see the same answer.
     </p>
-    <section :for={turn <- @turns} id={turn.id}>
-      <p class="question"><%= turn.question %></p>
-      <p class="answer"><%= turn.answer %></p>
-      <p :if={message = failure(turn.state)} class="error" role="alert"><%= message %></p>
-      <button
-        :if={turn.state == :running and is_map_key(@asked, turn.id)}
-        phx-click="cancel"
-        phx-value-id={turn.id}
-      >
-        Cancel
-      </button>
-    </section>
+    <p :if={@room}>Whoever has this page open sees the same. <a href="/">Ask alone</a>.</p>
+    <main>
+      <div class="turns">
+        <section :for={turn <- @turns} id={turn.id}>
+          <p class="question"><%= turn.question %></p>
+          <p class={["answer", turn.state == :running && "running"]}><%= turn.answer %></p>
+          <p :if={message = failure(turn.state)} class="error" role="alert"><%= message %></p>
+        </section>
+      </div>
+    </main>
+    <p class="error offline" role="status">The connection is lost. Trying again …</p>
     <form id={"ask-#{@forms}"} phx-submit="ask">
-      <input name="question" placeholder="Tell me about cats." autocomplete="off" autofocus />
+      <input
+        name="question"
+        aria-label="Question"
+        placeholder="Tell me about cats."
+        maxlength="2000"
+        autocomplete="off"
+        phx-mounted={JS.focus()}
+      />
+      <button :if={@asked != %{}} type="button" phx-click="cancel">Cancel</button>
       <button>Ask</button>
     </form>
     """
@@ -134,6 +157,6 @@ defmodule ChatWeb.ChatLive do
 
   defp failure({:failed, %DemandPort.Error{code: :cancelled}}), do: "Cancelled."
   defp failure({:failed, %DemandPort.Error{retryable: true} = error}), do: "#{error.message}. Ask again."
-  defp failure({:failed, error}), do: Exception.message(error)
+  defp failure({:failed, error}), do: "#{error.message} (#{error.code})"
   defp failure(_state), do: nil
 end
