@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -40,6 +42,14 @@ async def flood(count: int = 1000) -> AsyncIterator[int]:
     """Streams small integers as fast as they are taken."""
     for number in range(count):
         yield number & 127
+
+
+@node("bench-tick")
+async def tick(seconds: float) -> AsyncIterator[int]:
+    """Counts, without end."""
+    for number in itertools.count():
+        yield number
+        await asyncio.sleep(seconds)
 
 
 @node("bench-sleep", runs="inline")

@@ -3,9 +3,13 @@
 #
 #     MIX_ENV=test mix run bench/cluster.exs
 #
-# Prints the table of docs/scaling.md. It takes about a minute and a half, and an epmd.
+# Prints the table of docs/scaling.md. It takes half a minute, and an epmd.
+
+Code.require_file("hop.exs", __DIR__)
 
 defmodule Bench.Cluster do
+  import Bench.Hop
+
   alias DemandPort.Lease
   alias DemandPort.Test.Peers
 
@@ -16,86 +20,13 @@ defmodule Bench.Cluster do
   def scope, do: @scope
   def port, do: @port
 
-  @doc "A folder with the benchmark's node types, as an installed package has them."
-  def nodes do
-    folder = Path.join(System.tmp_dir!(), "demand_port_bench_#{System.pid()}")
-    info = Path.join(folder, "bench_nodes-0.dist-info")
-    File.mkdir_p!(info)
-    File.cp!(Path.join(__DIR__, "bench_nodes.py"), Path.join(folder, "bench_nodes.py"))
-    File.write!(Path.join(info, "METADATA"), "Metadata-Version: 2.1\nName: bench-nodes\nVersion: 0\n")
-    File.write!(Path.join(info, "entry_points.txt"), "[demandport.nodes]\nbench = bench_nodes\n")
-    folder
-  end
-
-  def graph do
-    %{
-      nodes: [
-        %{id: "out", node_type: "text-input", data: %{text: "some text"}},
-        %{id: "flood", node_type: "bench-flood", data: %{count: 50_000}}
-      ],
-      edges: []
-    }
-  end
-
   @doc "Rates of here and there, each the median of rounds taken by turns."
-  def rates(count, here, there, work) do
-    {here, there} =
-      for _ <- 1..@rounds do
-        {rate(count, fn -> work.(here) end), rate(count, fn -> work.(there) end)}
-      end
-      |> Enum.unzip()
-
+  def rates(here, there, rate) do
+    {here, there} = Enum.unzip(for _ <- 1..@rounds, do: {rate.(here), rate.(there)})
     {median(here), median(there)}
   end
 
-  def rate(count, work), do: count * 1.0e9 / time(work)
-
-  def time(work) do
-    start = System.monotonic_time()
-    work.()
-    max(System.convert_time_unit(System.monotonic_time() - start, :native, :nanosecond), 1)
-  end
-
-  @doc "Median microseconds of one call."
-  def each_us(count, work), do: median(for _ <- 1..count, do: time(work)) / 1_000
-
-  def median(values), do: values |> Enum.sort() |> Enum.at(div(length(values), 2))
-
-  def pipelined(session, count, window) do
-    for _ <- 1..window, do: {:ok, _} = DemandPort.demand_async(session, "out")
-    slide(session, count - window)
-    for _ <- 1..window, do: ended()
-  end
-
-  defp slide(_session, 0), do: :ok
-
-  defp slide(session, left) do
-    ended()
-    {:ok, _} = DemandPort.demand_async(session, "out")
-    slide(session, left - 1)
-  end
-
-  defp ended do
-    receive do
-      {:demand_complete, _, _} -> :ok
-      {:demand_error, _, error} -> raise error
-    end
-  end
-
-  def flood(session, credit) do
-    {:ok, _} = DemandPort.edit(session, {:invalidate, "flood"})
-    {:ok, _} = DemandPort.demand_async(session, "flood", credit: credit)
-    chunks(0)
-  end
-
-  defp chunks(count) do
-    receive do
-      {:node_stream, _, _} -> chunks(count + 1)
-      {:demand_complete, _, _} -> count
-    end
-  end
-
-  def once(server, leases) do
+  def once({server, leases}) do
     {:ok, session, lease} = Lease.open(leases, server, graph(), [], self())
     {:ok, _} = DemandPort.demand(session, "out")
     Lease.release(lease)
@@ -141,18 +72,14 @@ defmodule Bench.Cluster do
     fill(ports, ask, left - 1, counters)
   end
 
-  def row(name, {here, there}),
-    do: row(name, whole(here) <> "/s", whole(there) <> "/s", Float.round(there / here, 2))
+  def compare(name, {here, there}),
+    do: row([name, whole(here) <> "/s", whole(there) <> "/s", Float.round(there / here, 2)])
 
-  def row(name, here, there, ratio),
-    do: IO.puts("| #{name} | #{here} | #{there} | #{ratio} |")
-
-  def whole(rate), do: rate |> round() |> Integer.to_string() |> String.replace(~r/\B(?=(\d{3})+$)/, ",")
-  def us(value), do: "#{Float.round(value * 1.0, 1)} µs"
+  def us(count, work), do: "#{Float.round(median(each_us(count, work)) * 1.0, 1)} µs"
 end
 
 defmodule Bench.Cluster.Main do
-  import Bench.Cluster
+  import Bench.{Cluster, Hop}
 
   alias DemandPort.Cluster
   alias DemandPort.Test.{Peers, Services}
@@ -160,7 +87,7 @@ defmodule Bench.Cluster.Main do
   def main do
     Logger.configure(level: :none)
     :ok = Peers.start_distribution()
-    folder = nodes()
+    folder = node_types()
     options = [name: port(), env: [{"PYTHONPATH", folder}], log_level: :none]
     member = [scope: scope(), ports: [port()], refresh_ms: :infinity]
 
@@ -172,29 +99,24 @@ defmodule Bench.Cluster.Main do
     {:ok, here} = DemandPort.open(port(), graph())
     {:ok, there} = DemandPort.open(server, graph())
 
-    IO.puts("| what | on this node | one hop away | ratio |\n|---|---|---|---|")
-
-    one_by_one = &for(_ <- 1..5_000, do: {:ok, _} = DemandPort.demand(&1, "out"))
-    row("demands one after another", rates(5_000, here, there, one_by_one))
-    row("demands, 256 in flight", rates(20_000, here, there, &pipelined(&1, 20_000, 256)))
-    row("chunks of one stream, credit 64", rates(50_000, here, there, &flood(&1, 64)))
-    row("chunks of one stream, credit 1,024", rates(50_000, here, there, &flood(&1, 1_024)))
+    head(["what", "on this node", "one hop away", "ratio"])
+    compare("demands one after another", rates(here, there, &one_by_one(&1, 5_000)))
+    compare("demands, 256 in flight", rates(here, there, &pipelined(&1, 20_000, 256)))
+    compare("chunks of one stream, credit 64", rates(here, there, &flood(&1, 50_000, 64)))
+    compare("chunks of one stream, credit 1,024", rates(here, there, &flood(&1, 50_000, 1_024)))
 
     leases = Module.concat(scope(), "Leases")
-    sides = [{Process.whereis(port()), leases}, {server, {leases, peer.node}}]
-    [near, far] = sides
+    near = {Process.whereis(port()), leases}
+    far = {server, {leases, peer.node}}
+    compare("open, demand, close", rates(near, far, &rate(500, fn -> for(_ <- 1..500, do: once(&1)) end)))
 
-    row(
-      "open, demand, close",
-      rates(500, near, far, fn {server, leases} -> for(_ <- 1..500, do: once(server, leases)) end)
-    )
-
-    IO.puts("\n| what | median |\n|---|---|")
-    cell = fn name, value -> IO.puts("| #{name} | #{value} |") end
+    IO.puts("")
+    head(["what", "median"])
+    cell = fn name, value -> row([name, value]) end
 
     cell.(
       "choice of two ports, one of them a hop away",
-      us(each_us(500, fn -> {:ok, _} = Cluster.choose(scope()) end))
+      us(500, fn -> {:ok, _} = Cluster.choose(scope()) end)
     )
 
     # Only the table grows; the load is asked of four, whatever its size, and these are on this node.
@@ -207,11 +129,11 @@ defmodule Bench.Cluster.Main do
 
       cell.(
         "choice among #{whole(size)} ports, no hop",
-        us(each_us(200, fn -> {:ok, _} = Cluster.choose(table) end))
+        us(200, fn -> {:ok, _} = Cluster.choose(table) end)
       )
     end
 
-    cell.("look at a port's models, nothing changed", us(each_us(200, fn -> Cluster.refresh(scope()) end)))
+    cell.("look at a port's models, nothing changed", us(200, fn -> Cluster.refresh(scope()) end))
 
     groups = Module.concat(scope(), "Groups")
 
@@ -220,7 +142,7 @@ defmodule Bench.Cluster.Main do
       :ok = :pg.leave(groups, {:model, "some-model.gguf"}, Process.whereis(port()))
     end
 
-    cell.("a change told to the scope (two of them: a model is loaded, unloaded)", us(each_us(200, change)))
+    cell.("a change told to the scope (two of them: a model is loaded, unloaded)", us(200, change))
     message = {:join, self(), {:model, "some-model.gguf"}, self()}
     cell.("size of that message, to each other node", "#{:erlang.external_size(message)} bytes")
 
@@ -244,8 +166,6 @@ defmodule Bench.Cluster.Main do
       "from the kill of a node to the error at a caller",
       "#{Float.round(median(for _ <- 1..9, do: kill(start)), 1)} ms"
     )
-
-    File.rm_rf!(folder)
   end
 end
 

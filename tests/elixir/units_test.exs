@@ -1,7 +1,7 @@
 defmodule DemandPort.UnitsTest do
   use ExUnit.Case, async: true
 
-  alias DemandPort.{Credit, Error, Launch, Options, Restore, Subscriptions}
+  alias DemandPort.{Credit, Delivery, Error, Launch, Options, Relay, Restore, Session, Subscriptions}
 
   doctest Error
   doctest Credit
@@ -97,6 +97,37 @@ defmodule DemandPort.UnitsTest do
         assert {0, _} = Credit.consumed(credit, 1)
       end
     end
+  end
+
+  describe "a relay" do
+    # This process is its connection.
+    test "gives credit once the consumer has made room, though no further chunk comes" do
+      consumer = spawn_link(&consume/0)
+      true = :erlang.suspend_process(consumer)
+
+      delivery = %Delivery{
+        ref: make_ref(),
+        session: "",
+        node: "n",
+        window: 4,
+        to: [consumer],
+        watch: [consumer]
+      }
+
+      session = %Session{server: self(), name: "s"}
+      relay = Relay.start(delivery, fn _owner, _tried -> {:ok, session, fn -> :ok end} end, 0)
+      assert_receive {:"$gen_cast", {:demand, %{ref: ref, to: [^relay]}}}, 5_000
+
+      # Half of what the service may send: the other half would be a whole way off.
+      for n <- 1..2, do: send(relay, {ref, {:node_stream, "n", n}})
+      refute_receive {:"$gen_cast", {:consumed, _, _}}, 50
+      true = :erlang.resume_process(consumer)
+      assert_receive {:"$gen_cast", {:consumed, ^ref, 2}}, 5_000
+    end
+  end
+
+  defp consume do
+    receive do: (_ -> consume())
   end
 
   describe "what it takes to restore a session" do

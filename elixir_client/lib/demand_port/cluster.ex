@@ -28,7 +28,7 @@ defmodule DemandPort.Cluster do
   that goes down, or is disconnected, ends its demands at once with `:backend_unavailable` (retryable), and when it is the
   caller's node that is gone, the demand is cancelled and a session of `demand_async/4` closed. A machine that
   vanishes without closing its connections is noticed by the distribution after `net_ticktime` (kernel's, a minute by
-  default).
+  default). Nodes that lost each other are members again once they are connected again, which is not this module's to do.
 
   ## Who is chosen
 

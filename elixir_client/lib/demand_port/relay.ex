@@ -27,8 +27,9 @@ defmodule DemandPort.Relay do
 
   # The window of a demand that says nothing of it; the connection's own default is not known here.
   @window 64
-  # How often the mailbox of a consumer is looked into that holds all it may.
-  @look_again_ms 10
+  # How soon a consumer's mailbox is looked into again that was too full for more credit: at first, and at most.
+  @look_again_ms 1
+  @look_at_most_ms 10
 
   @typedoc """
   Opens the graph for `owner`, somewhere that is not among those tried already, or says where that failed. The session is
@@ -44,6 +45,7 @@ defmodule DemandPort.Relay do
   # tried:     servers that had the demand already
   # retries:   how often it may be opened again
   # release:   gives back the session at hand
+  # looking:   a look into the mailbox is to come; pause: how long the next one after it is put off
   defstruct [
     :delivery,
     :credit,
@@ -54,6 +56,7 @@ defmodule DemandPort.Relay do
     retries: 0,
     streamed: false,
     looking: false,
+    pause: @look_again_ms,
     monitors: %{}
   ]
 
@@ -224,10 +227,12 @@ defmodule DemandPort.Relay do
   defp look(%{delivery: %{stream: :consumed}} = relay), do: relay
   defp look(relay), do: relay |> give(grant(relay)) |> look_again()
 
-  defp give(%{at: {:running, server, ref, _}} = relay, {grant, credit}) do
-    if grant > 0, do: Connection.consumed(server, ref, grant)
-    %{relay | credit: credit}
+  defp give(%{at: {:running, server, ref, _}} = relay, {grant, credit}) when grant > 0 do
+    Connection.consumed(server, ref, grant)
+    %{relay | credit: credit, pause: @look_again_ms}
   end
+
+  defp give(%{at: {:running, _, _, _}} = relay, {0, credit}), do: %{relay | credit: credit}
 
   # Nothing that was taken is of a demand that is yet to begin.
   defp give(relay, _credit), do: relay
@@ -236,14 +241,17 @@ defmodule DemandPort.Relay do
     if Credit.due?(credit), do: Credit.grant(credit, Delivery.backlog(delivery)), else: {0, credit}
   end
 
-  defp look_again(relay) do
-    if Credit.exhausted?(relay.credit) and not relay.looking do
-      Process.send_after(self(), :look, @look_again_ms)
-      %{relay | looking: true}
+  # Also while the service may still send: what it sends is a whole way off, and so is what this grants.
+  defp look_again(%{looking: false, pause: pause} = relay) do
+    if Credit.due?(relay.credit) do
+      Process.send_after(self(), :look, pause)
+      %{relay | looking: true, pause: min(2 * pause, @look_at_most_ms)}
     else
       relay
     end
   end
+
+  defp look_again(relay), do: relay
 
   ## The end
 

@@ -36,31 +36,26 @@ defmodule DemandPort.Test.Peers do
 
   defp unique(name), do: :"#{name}_#{System.pid()}_#{System.unique_integer([:positive])}@#{@host}"
 
-  @doc "Another BEAM, which ends with the calling process: `%{control, node, os_pid}`."
+  @doc "Another BEAM, connected to this, which ends with the calling process: `%{control, node, os_pid}`."
   def start(name) do
     [name, _host] = name |> unique() |> Atom.to_string() |> String.split("@")
+    interface = ['-kernel', 'inet_dist_use_interface', '{127,0,0,1}']
+    peer = launch(%{name: String.to_atom(name), host: @host, args: interface}, Node.get_cookie())
+    true = Node.connect(peer.node)
+    peer
+  end
+
+  @doc "Another BEAM, by the options of `:peer`, with this one's code; as `start/1`, but not connected."
+  def launch(options, cookie) do
+    paths = Enum.flat_map(:code.get_path(), &['-pa', &1])
+    args = ['-setcookie', Atom.to_charlist(cookie)] ++ options.args ++ paths
 
     {:ok, control, node} =
-      :peer.start_link(%{
-        name: String.to_atom(name),
-        host: @host,
-        longnames: true,
-        connection: :standard_io,
-        args:
-          [
-            '-setcookie',
-            Atom.to_charlist(Node.get_cookie()),
-            '-kernel',
-            'inet_dist_use_interface',
-            '{127,0,0,1}'
-          ] ++
-            Enum.flat_map(:code.get_path(), &['-pa', &1])
-      })
+      :peer.start_link(Map.merge(options, %{longnames: true, connection: :standard_io, args: args}))
 
     peer = %{control: control, node: node, os_pid: nil}
     call(peer, Application, :put_env, [:logger, :level, :none])
     {:ok, _} = call(peer, Application, :ensure_all_started, [:logger])
-    true = Node.connect(node)
     %{peer | os_pid: call(peer, System, :pid, [])}
   end
 
