@@ -54,8 +54,8 @@ defmodule Bench.Hosts do
   @doc "A BEAM on a host, as `Peers.launch/2` has it, with `host` and `address`; `flags` are those of `erl`."
   def start(hosts, host, flags) do
     address = {10, 77, 0, host}
-    command = ['netns', 'exec', host_name(hosts, host), charlist(System.find_executable("erl"))]
-    interface = ['-kernel', 'inet_dist_use_interface', charlist(inspect(address))]
+    command = [~c"netns", ~c"exec", host_name(hosts, host), charlist(System.find_executable("erl"))]
+    interface = [~c"-kernel", ~c"inet_dist_use_interface", charlist(inspect(address))]
 
     %{
       name: :bench,

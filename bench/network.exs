@@ -16,14 +16,14 @@ defmodule Bench.Network do
   alias DemandPort.Test.Peers
 
   # The recommendation of docs/scaling.md.
-  @ticks ['-kernel', 'net_ticktime', '8']
+  @ticks [~c"-kernel", ~c"net_ticktime", ~c"8"]
 
   @doc "A BEAM on a host, with the benchmark's code and these children."
   def start(net, host, children, flags \\ []) do
     peer = Hosts.start(net.hosts, host, @ticks ++ flags)
 
     for {module, binary} <- net.code,
-        do: {:module, _} = Peers.call(peer, :code, :load_binary, [module, 'bench', binary])
+        do: {:module, _} = Peers.call(peer, :code, :load_binary, [module, ~c"bench", binary])
 
     Peers.keep(peer, children)
     peer
@@ -358,8 +358,8 @@ defmodule Bench.Network.Topology do
 
   def main(net) do
     Hosts.link(net.hosts, 0.25)
-    no_mesh = ['-connect_all', 'false']
-    overlapping = ['-kernel', 'prevent_overlapping_partitions', 'false']
+    no_mesh = [~c"-connect_all", ~c"false"]
+    overlapping = [~c"-kernel", ~c"prevent_overlapping_partitions", ~c"false"]
     callers = for host <- [1, 2], do: start(net, host, Host.callers_children(), no_mesh)
     workers = for host <- [3, 4, 5], do: with_port(net, host, no_mesh)
     mesh = for host <- [6, 7, 8], do: start(net, host, [], overlapping)

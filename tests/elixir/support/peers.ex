@@ -6,7 +6,7 @@ defmodule DemandPort.Test.Peers do
   to them is cut. All listen on the loopback interface alone.
   """
 
-  @host '127.0.0.1'
+  @host ~c"127.0.0.1"
 
   @doc "Makes this BEAM a node; `{:error, text}` where that cannot be."
   def start_distribution do
@@ -39,7 +39,7 @@ defmodule DemandPort.Test.Peers do
   @doc "Another BEAM, connected to this, which ends with the calling process: `%{control, node, os_pid}`."
   def start(name) do
     [name, _host] = name |> unique() |> Atom.to_string() |> String.split("@")
-    interface = ['-kernel', 'inet_dist_use_interface', '{127,0,0,1}']
+    interface = [~c"-kernel", ~c"inet_dist_use_interface", ~c"{127,0,0,1}"]
     peer = launch(%{name: String.to_atom(name), host: @host, args: interface}, Node.get_cookie())
     true = Node.connect(peer.node)
     peer
@@ -47,8 +47,8 @@ defmodule DemandPort.Test.Peers do
 
   @doc "Another BEAM, by the options of `:peer`, with this one's code; as `start/1`, but not connected."
   def launch(options, cookie) do
-    paths = Enum.flat_map(:code.get_path(), &['-pa', &1])
-    args = ['-setcookie', Atom.to_charlist(cookie)] ++ options.args ++ paths
+    paths = Enum.flat_map(:code.get_path(), &[~c"-pa", &1])
+    args = [~c"-setcookie", Atom.to_charlist(cookie)] ++ options.args ++ paths
 
     {:ok, control, node} =
       :peer.start_link(Map.merge(options, %{longnames: true, connection: :standard_io, args: args}))
