@@ -23,7 +23,7 @@ from table import Table
 
 from demandport.llama.model import Model
 
-TURNS, TURN_S = 5, 2.0
+TURNS, TURN_S = 3, 2.0
 STREAMS = (1, 8)
 
 

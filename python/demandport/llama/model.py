@@ -130,7 +130,8 @@ class Model:
             raise ModelLoadFailed(f"{self.path} says that it was trained with more than {2**31 - 1} tokens of context")
         wanted = context_length or min(self.training_context or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH)
         self.threads = threads or self._default_threads()
-        self._choice = None if threads else ThreadChoice(self.threads)
+        self._chooses_threads = threads is None and self.threads > 1
+        self._choices: dict[int, ThreadChoice] = {}
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = max(wanted, min(wanted * sequences, SHARED_CELLS))
         params.n_batch = params.n_ubatch = BATCH_TOKENS
@@ -296,14 +297,17 @@ class Model:
             raise Internal(f"llama.cpp cannot decode: {self._route.last_error or status}")
 
     def _compute(self) -> int:
-        choice = self._choice
-        if choice is None or choice.most == 1:
+        if not self._chooses_threads:
             return int(llama_cpp.llama_decode(self.context, self.batch.handle))
-        threads, started, given = choice.now, time.perf_counter(), time.process_time()
+        size = self.batch.size
+        choice = self._choices.get(size.bit_length())
+        if choice is None:
+            choice = self._choices[size.bit_length()] = ThreadChoice(self.threads)
+        llama_cpp.llama_set_n_threads(self.context, choice.now, choice.now)
+        started, given = time.perf_counter(), time.process_time()
         status = int(llama_cpp.llama_decode(self.context, self.batch.handle))
-        choice.took(self.batch.size, time.perf_counter() - started, time.process_time() - given)
-        if choice.now != threads:
-            llama_cpp.llama_set_n_threads(self.context, choice.now, choice.now)
+        ended = time.perf_counter()
+        choice.took(size, ended - started, time.process_time() - given, ended)
         return status
 
     def forget(self, sequence: int, start: int = -1) -> bool:

@@ -15,7 +15,7 @@ STRETCH_S = 0.05
 #: How much faster another number must be to be taken.
 BETTER = 0.9
 #: Time until something is tried again: at first, and at most when it was of no use again and again, in seconds.
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 16.0
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 10.0
 
 
 class ThreadChoice:
@@ -23,6 +23,7 @@ class ThreadChoice:
 
     All are taken unless decodes are given too little time; then, and from time to time while one is taken, a stretch of
     decodes with the other number tells which is faster. Only stretches of decodes of equally many tokens are compared.
+    What is right for one sequence need not be for eight: there is a choice for each order of magnitude.
 
     Args:
         most: threads that there may be, more than one.
@@ -39,19 +40,18 @@ class ThreadChoice:
         self._before: tuple[int, float] | None = None
         self._until_s, self._wait_s = 0.0, FIRST_WAIT_S
 
-    def took(self, tokens: int, wall_s: float, cpu_s: float) -> None:
-        """A decode of so many tokens took that time, and was given that much of the processors'."""
-        self._until_s -= wall_s
+    def took(self, tokens: int, wall_s: float, cpu_s: float, at_s: float) -> None:
+        """A decode of so many tokens took that time, until `at_s`, and was given that much of the processors'."""
         if tokens != self._tokens:
             self._begin_stretch(tokens)
         self._decodes += 1
         self._wall_s += wall_s
         self._cpu_s += cpu_s
         if self._wall_s >= STRETCH_S:
-            self._judge(self._wall_s / self._decodes)
+            self._judge(self._wall_s / self._decodes, at_s)
             self._begin_stretch(tokens)
 
-    def _judge(self, each_s: float) -> None:
+    def _judge(self, each_s: float, at_s: float) -> None:
         if self._before is not None:
             tokens, before_s = self._before
             self._before = None
@@ -60,8 +60,8 @@ class ThreadChoice:
             else:
                 self._change()
                 self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
-            self._until_s = self._wait_s
-        elif self._until_s <= 0 and (self.now == 1 or self._cpu_s < CROWDED * self._wall_s * self.now):
+            self._until_s = at_s + self._wait_s
+        elif at_s >= self._until_s and (self.now == 1 or self._cpu_s < CROWDED * self._wall_s * self.now):
             self._before = self._tokens, each_s
             self._change()
 
